@@ -9,6 +9,7 @@ Two paths with one interface, chosen by `training_batches`:
   streamed  Grain reads, decodes and crops ahead in threads or worker processes; each host only its own rows
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator
@@ -93,22 +94,12 @@ def training_batches(
             f"data.train: {source.name!r} has {n} pictures, fewer than one batch of {batch}; "
             f"set batch to at most {n}, or add pictures"
         )
-    _local_rows(sharding, batch)
+    rows = _local_rows(sharding, batch)
     images = load_resident(source, resident_limit) if resident_limit else None
     if images is not None:
         return ResidentBatches(images, source.labels, batch=batch, seed=seed, start_step=start_step, sharding=sharding)
-    return StreamedBatches(
-        source,
-        batch=batch,
-        seed=seed,
-        start_step=start_step,
-        views=views,
-        image_size=image_size,
-        crop_scale=crop_scale,
-        crop_ratio=crop_ratio,
-        sharding=sharding,
-        workers=workers,
-    )
+    load = TrainingSample(source, rows, batch, seed, views, image_size, tuple(crop_scale), tuple(crop_ratio))
+    return StreamedBatches(load, start_step=start_step, sharding=sharding, workers=workers)
 
 
 class ResidentBatches:
@@ -121,14 +112,7 @@ class ResidentBatches:
     resident = True
 
     def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        *,
-        batch: int,
-        seed: int,
-        start_step: int,
-        sharding: NamedSharding,
+        self, images: np.ndarray, labels: np.ndarray, *, batch: int, seed: int, start_step: int, sharding: NamedSharding
     ):
         self.steps_per_epoch = len(images) // batch
         self.wait_seconds = 0.0
@@ -168,26 +152,11 @@ class StreamedBatches:
 
     resident = False
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        batch: int,
-        seed: int,
-        start_step: int,
-        views: int,
-        image_size: int,
-        crop_scale: tuple[float, float],
-        crop_ratio: tuple[float, float] = ASPECT,
-        sharding: NamedSharding,
-        workers: int = 0,
-    ):
-        self.steps_per_epoch = len(source) // batch
+    def __init__(self, load: "TrainingSample", *, start_step: int, sharding: NamedSharding, workers: int = 0):
+        self.steps_per_epoch = len(load.source) // load.batch
         self.wait_seconds = 0.0
-        self._batch, self._sharding = batch, sharding
-        self._rows = _local_rows(sharding, batch)
-        load = TrainingSample(source, self._rows, batch, seed, views, image_size, tuple(crop_scale), tuple(crop_ratio))
-        self._batches = _read_ahead(load, len(self._rows), start_step, None, workers)
+        self._rows, self._batch, self._sharding = load.rows, load.batch, sharding
+        self._batches = _read_ahead(load, len(load.rows), start_step, None, workers)
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         return self
@@ -203,12 +172,18 @@ class StreamedBatches:
         self._batches.close()
 
 
+@dataclasses.dataclass(frozen=True)
 class TrainingSample:
     """Position in this host's endless stream of samples -> that sample's crops. Runs in loader processes."""
 
-    def __init__(self, source, rows, batch, seed, views, size, scale, ratio):
-        self.source, self.rows, self.batch, self.seed = source, rows, batch, seed
-        self.views, self.size, self.scale, self.ratio = views, size, scale, ratio
+    source: Source
+    rows: np.ndarray  # of a global batch that this host loads
+    batch: int
+    seed: int
+    views: int
+    image_size: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
 
     def __call__(self, position: int) -> dict[str, np.ndarray]:
         step, row = divmod(position, len(self.rows))
@@ -224,10 +199,10 @@ class TrainingSample:
                 epoch=epoch,
                 sample_id=sample_id,
                 view=view,
-                scale=self.scale,
-                ratio=self.ratio,
+                scale=self.crop_scale,
+                ratio=self.crop_ratio,
             )
-            crops.append(decode.resized_crop(image, box, self.size))
+            crops.append(decode.resized_crop(image, box, self.image_size))
         return {"image": np.stack(crops), "id": np.int32(sample_id), "label": np.int32(label)}
 
 
@@ -291,28 +266,29 @@ class EvaluationBatches:
             batches.close()
 
 
+@dataclasses.dataclass(frozen=True)
 class EvaluationSample:
     """Position in this host's stream of evaluation rows -> that row. Runs in loader processes."""
 
-    def __init__(self, source, ids, rows, batch, size, resize_ratio):
-        self.source, self.ids, self.rows, self.batch = source, ids, rows, batch
-        self.size, self.resize_ratio = size, resize_ratio
+    source: Source
+    ids: np.ndarray
+    rows: np.ndarray  # of a global batch that this host loads
+    batch: int
+    image_size: int
+    resize_ratio: float
 
     def __call__(self, position: int) -> dict[str, np.ndarray]:
         step, row = divmod(position, len(self.rows))
+        size = self.image_size
         place = step * self.batch + int(self.rows[row])
         if place >= len(self.ids):
-            image, sample_id, label = np.zeros((self.size, self.size, self.source.channels), np.uint8), -1, -1
+            image, sample_id, label = np.zeros((size, size, self.source.channels), np.uint8), -1, -1
         else:
             sample_id = int(self.ids[place])
             image, label = self.source.sample(sample_id)
-            image = decode.central_crop(image, self.size, self.resize_ratio)
-        return {
-            "image": image,
-            "id": np.int32(sample_id),
-            "label": np.int32(label),
-            "valid": np.bool_(sample_id >= 0),
-        }
+            image = decode.central_crop(image, size, self.resize_ratio)
+        valid = np.bool_(sample_id >= 0)
+        return {"image": image, "id": np.int32(sample_id), "label": np.int32(label), "valid": valid}
 
 
 # ------------------------------------------------------------------------------------------------- Grain and devices

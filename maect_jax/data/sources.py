@@ -182,7 +182,9 @@ def _open_folder(name, folder: Path, split, channels, classes, key) -> FolderSou
     if split == "train":
         root = root or folder
         if root == folder and _subfolders(folder) and set(_subfolders(folder)) <= set(test_names):
-            raise DataError(f"{key}: {name!r} has {', '.join(_subfolders(folder))}/ but no train/; add it")
+            raise DataError(
+                f"{key}: {name!r} has {', '.join(f'{s}/' for s in _subfolders(folder))} but no train/; add it"
+            )
     elif root is None:
         if classes is None and folder.name in test_names and (folder.parent / "train").is_dir():
             root, known = folder, folder.parent / "train"

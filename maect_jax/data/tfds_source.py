@@ -57,8 +57,12 @@ class TfdsSource(Source):
         if self.label_key is None:
             return np.full(len(self), -1, np.int32)
         with ThreadPoolExecutor(decode.threads()) as pool:
-            found = pool.map(lambda i: self._records[i][self.label_key], range(len(self)), chunksize=256)
-            return np.fromiter(found, np.int32, len(self))
+            starts = range(0, len(self), 1024)
+            return np.concatenate(list(pool.map(self._labels_from, starts)))
+
+    def _labels_from(self, start: int) -> np.ndarray:
+        stop = min(start + 1024, len(self))
+        return np.array([self._records[i][self.label_key] for i in range(start, stop)], np.int32)
 
     def __len__(self) -> int:
         return len(self._records)

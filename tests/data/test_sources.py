@@ -1,0 +1,288 @@
+"""Sources: what is found under a name, what a picture decodes to, and what an error tells the user."""
+
+import io
+import pickle
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from maect_jax.data import decode
+from maect_jax.data.sources import ArraySource, load_resident, open_source
+from maect_jax.errors import DataError
+
+
+def pixels(value, height=6, width=8, channels=3):
+    """A picture whose every pixel differs, different for each value."""
+    count = height * width * channels
+    return ((np.arange(count) * 7 + value * 13) % 256).astype(np.uint8).reshape(height, width, channels)
+
+
+def write(path, value=0, height=6, width=8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels(value, height, width)).save(path)
+
+
+@pytest.fixture
+def pets(tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+        for c, name in enumerate(("dog", "cat")):
+            for i in range(count):
+                write(tmp_path / "pets" / split / name / f"{i}.png", 10 * c + i)
+    return tmp_path / "pets"
+
+
+class Tiny(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["sun", "moon"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(range(12)), "validation": self._generate_examples(range(100, 104))}
+
+    def _generate_examples(self, values):
+        for value in values:
+            encoded = io.BytesIO()
+            Image.fromarray(pixels(value)).save(encoded, "PNG")
+            encoded.seek(0)
+            yield value, {"image": encoded, "label": value % 2}
+
+
+@pytest.fixture(scope="module")
+def tiny_dir(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("tfds"))
+    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def test_folder_ids_are_sorted_by_class_then_file_name(pets):
+    train = open_source(str(pets), "train")
+    assert train.classes == ("cat", "dog")
+    assert train.labels.dtype == np.int32
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    np.testing.assert_array_equal(train.image(1), pixels(11))  # cat/1.png
+    np.testing.assert_array_equal(train.image(3), pixels(0))  # dog/0.png
+
+
+def test_test_split_is_found_as_test_then_val_then_validation(pets):
+    (pets / "val").rename(pets / "validation")
+    assert len(open_source(str(pets), "test")) == 4
+    for c, name in enumerate(("dog", "cat")):
+        write(pets / "test" / name / "0.png", c)
+    assert len(open_source(str(pets), "test")) == 2
+
+
+def test_test_labels_use_the_class_indices_of_training(pets):
+    write(pets / "train" / "bird" / "0.png")
+    test = open_source(str(pets), "test")
+    assert test.classes == ("bird", "cat", "dog")
+    assert test.labels.tolist() == [1, 1, 2, 2]
+    alone = open_source(str(pets / "val"), "test")
+    assert (alone.classes, alone.labels.tolist()) == (test.classes, test.labels.tolist())
+    given = open_source(str(pets / "train"), "test", classes=("dog", "cat", "bird"))
+    assert given.labels.tolist() == [2, 1, 1, 1, 0, 0, 0]
+
+
+def test_test_class_unknown_to_training_is_named(pets):
+    write(pets / "val" / "horse" / "0.png")
+    with pytest.raises(DataError, match=r"data\.test: class 'horse' .* is not in the training set"):
+        open_source(str(pets), "test")
+
+
+def test_training_folder_without_test_folder_is_not_its_own_test_set(pets):
+    with pytest.raises(DataError, match="has none of test/, val/, validation/"):
+        open_source(str(pets / "train"), "test")
+
+
+def test_extensions_in_any_case_hidden_files_skipped_nested_followed(tmp_path):
+    for name in ("a/1.PNG", "a/deep/2.bmp", "b/3.JPeG", "b/4.tiff", "b/5.webp", "b/6.gif", "b/7.ppm"):
+        write(tmp_path / name)
+    for name in ("a/.hidden.png", ".cache/1.png"):
+        write(tmp_path / name)
+    (tmp_path / "a" / "notes.txt").write_text("no picture")
+    source = open_source(str(tmp_path), "train")
+    assert source.classes == ("a", "b")
+    assert source.files == ["a/1.PNG", "a/deep/2.bmp", "b/3.JPeG", "b/4.tiff", "b/5.webp", "b/6.gif", "b/7.ppm"]
+    assert all(source.image(i).shape == (6, 8, 3) and source.size(i) == (6, 8) for i in range(7))
+
+
+def test_flat_folder_is_unlabelled_training_data(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"{i}.png", i)
+    source = open_source(str(tmp_path), "train")
+    assert (source.classes, source.labels.tolist()) == ((), [-1, -1, -1])
+    with pytest.raises(DataError, match="has none of test/"):
+        open_source(str(tmp_path), "test")
+
+
+def test_one_class_is_an_error_that_tells_both_ways_out(tmp_path):
+    write(tmp_path / "only" / "0.png")
+    with pytest.raises(DataError, match=r"only one class, 'only'.*without labels, or add more classes"):
+        open_source(str(tmp_path), "train")
+
+
+def test_empty_missing_and_file_are_errors(tmp_path, pets):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no pictures in"):
+        open_source(str(tmp_path / "empty"), "train")
+    with pytest.raises(DataError, match=r"data\.train: no folder .*did you mean .*pets"):
+        open_source(str(tmp_path / "pest"), "train")
+    with pytest.raises(DataError, match="is a file"):
+        open_source(str(pets / "train" / "cat" / "0.png"), "train")
+    (pets / "train" / "bird").mkdir()
+    with pytest.raises(DataError, match=r"class folder .*bird.* holds no pictures"):
+        open_source(str(pets), "train")
+
+
+def test_folder_with_only_a_test_split_is_not_two_classes(pets):
+    (pets / "train").rename(pets / "test")
+    with pytest.raises(DataError, match="has test/, val/ but no train/"):
+        open_source(str(pets), "train")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", None])
+def test_broken_picture_is_named_when_it_is_decoded(pets, content):
+    path = pets / "train" / "cat" / "1.png"
+    path.write_bytes(path.read_bytes()[:60] if content is None else content)
+    source = open_source(str(pets), "train")
+    source.image(0)
+    with pytest.raises(DataError, match=r"cat/1\.png: not a readable picture"):
+        source.image(1)
+    path.unlink()
+    with pytest.raises(DataError, match=r"cat/1\.png: .*no such file"):
+        source.image(1)
+
+
+def test_picture_of_too_many_pixels_is_refused_before_decoding(pets):
+    Image.new("1", (30_000, 30_000)).save(pets / "train" / "cat" / "0.png")
+    source = open_source(str(pets), "train")
+    for read in (source.image, source.size):
+        with pytest.raises(DataError, match=r"cat/0\.png: "):
+            read(0)
+
+
+def test_camera_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    gradient = np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None, :], 16, axis=0)  # dark left, bright right
+    for name, kind in (("a.jpg", "JPEG"), ("b.webp", "WEBP"), ("c.tiff", "TIFF")):
+        Image.fromarray(gradient).convert("RGB").save(tmp_path / name, kind, exif=exif)
+    source = open_source(str(tmp_path), "train")
+    for i in range(3):
+        image = source.image(i)
+        assert image.shape == (32, 16, 3)
+        assert source.size(i) == (32, 16)
+        assert image[0].mean() < 20 < 230 < image[-1].mean()  # dark on top
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_mode_becomes_grey_or_rgb_as_pillow_converts(mode):
+    image = Image.fromarray(pixels(3)).convert(mode)
+    encoded = io.BytesIO()
+    image.save(encoded, "TIFF")
+    for channels, target in ((1, "L"), (3, "RGB")):
+        expected = np.asarray(image.convert(target)).reshape(6, 8, channels)
+        np.testing.assert_array_equal(decode.decode(encoded.getvalue(), channels, "x"), expected)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped():
+    values = np.array([[0, 256, 0x7FFF, 0xFFFF]], np.uint16)
+    encoded = io.BytesIO()
+    Image.fromarray(values).save(encoded, "PNG")
+    np.testing.assert_array_equal(decode.decode(encoded.getvalue(), 1, "x")[0, :, 0], [0, 1, 127, 255])
+
+
+def test_files_do_not_give_four_channels(pets):
+    with pytest.raises(DataError, match="1 or 3 channels, not 4"):
+        open_source(str(pets), "train", channels=4).image(0)
+
+
+def test_digits_come_from_the_embedded_set_in_the_channels_asked_for(monkeypatch):
+    images = np.stack([pixels(i, 32, 32) for i in range(4)])
+    digits = types.ModuleType("maect_jax.data.digits")
+    digits.load = lambda split, seed=0: (images, np.arange(4, dtype=np.int32), ("a", "b", "c", "d"))
+    monkeypatch.setitem(sys.modules, "maect_jax.data.digits", digits)
+    monkeypatch.setattr("maect_jax.data.digits", digits, raising=False)
+    source = open_source("digits", "test")
+    assert (len(source), source.classes) == (4, ("a", "b", "c", "d"))
+    np.testing.assert_array_equal(source.image(2), images[2])
+    grey = open_source("digits", "test", channels=1)
+    np.testing.assert_array_equal(grey.image(1)[:, :, 0], np.asarray(Image.fromarray(images[1]).convert("L")))
+
+
+def test_tfds_is_read_as_array_record_without_tensorflow(tiny_dir):
+    train = open_source("tiny", "train", data_dir=tiny_dir)
+    assert (len(train), train.classes, train.labels.dtype) == (12, ("sun", "moon"), np.int32)
+    expected = {pixels(value).tobytes(): value % 2 for value in range(12)}
+    assert {train.image(i).tobytes(): int(train.labels[i]) for i in range(12)} == expected
+    assert all(train.sample(i)[1] == train.labels[i] for i in range(12))
+    assert train.size(0) == (6, 8)
+    assert "tensorflow" not in sys.modules
+
+
+def test_tfds_test_split_falls_back_to_validation(tiny_dir):
+    test = open_source("tiny", "test", data_dir=tiny_dir)
+    assert {test.image(i).tobytes() for i in range(4)} == {pixels(value).tobytes() for value in range(100, 104)}
+
+
+def test_tfds_in_another_format_tells_to_prepare_it_anew(tiny_dir, tmp_path):
+    shutil.copytree(tiny_dir, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "tiny" / "1.0.0").iterdir():
+        if path.name == "dataset_info.json":
+            path.write_text(path.read_text().replace("array_record", "tfrecord"))
+        elif ".array_record" in path.name:
+            path.rename(path.with_name(path.name.replace(".array_record", ".tfrecord")))
+    with pytest.raises(DataError, match=r"not in the array_record format[\s\S]*file_format='array_record'"):
+        open_source("tiny", "train", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["tfds", "folder"])
+def test_source_survives_the_way_to_a_loader_process(kind, tiny_dir, pets):
+    source = open_source("tiny", "train", data_dir=tiny_dir) if kind == "tfds" else open_source(str(pets), "train")
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).image(2), source.image(2))
+
+
+def test_tfds_that_is_not_prepared_tells_the_command(tmp_path):
+    with pytest.raises(DataError, match=r"'cifar10' is not prepared in .*[\s\S]*download_and_prepare\(\)"):
+        open_source("cifar10", "train", data_dir=str(tmp_path))
+
+
+def test_unknown_names_come_with_a_suggestion(tmp_path):
+    def message(name):
+        with pytest.raises(DataError) as caught:
+            open_source(name, "train", data_dir=str(tmp_path))
+        return str(caught.value)
+
+    unknown = "data.train: 'imagenet20122' is neither a folder nor a TFDS name; did you mean 'imagenet2012'?"
+    assert message("imagenet20122") == unknown
+    assert "'qqqqqq' is neither a folder nor a TFDS name" in message("qqqqqq")
+    assert "did you mean 'imagenette/160px-v2'?" in message("imagenette/160px-v22")
+    assert "neither a folder nor a TFDS name" in message("two words")
+
+
+def test_resident_set_holds_every_picture_in_order(pets):
+    source = open_source(str(pets), "train")
+    images = load_resident(source)
+    np.testing.assert_array_equal(images, np.stack([source.image(i) for i in range(6)]))
+    assert load_resident(source, limit_bytes=images.nbytes) is not None
+    assert load_resident(source, limit_bytes=images.nbytes - 1) is None
+
+
+def test_resident_set_needs_one_size(tmp_path):
+    for i in range(200):
+        write(tmp_path / f"{i:03}.png", i)
+    source = open_source(str(tmp_path), "train")
+    assert load_resident(source).shape == (200, 6, 8, 3)
+    write(tmp_path / "001.png", 0, height=7)  # not among the headers that are asked first
+    assert load_resident(source) is None
+    images = np.zeros((3, 4, 4, 2), np.uint8)
+    assert load_resident(ArraySource("memory", images)) is images
