@@ -57,10 +57,21 @@ class Tiny(tfds.core.GeneratorBasedBuilder):
             yield value, {"image": encoded, "label": value % 2}
 
 
+class TinyHidden(Tiny):
+    """As ImageNet: a test split whose labels are not published."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _split_generators(self, dl_manager):
+        hidden = ((key, example | {"label": -1}) for key, example in self._generate_examples(range(50, 53)))
+        return super()._split_generators(dl_manager) | {"test": hidden}
+
+
 @pytest.fixture(scope="module")
 def tiny_dir(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("tfds"))
-    Tiny(data_dir=folder, file_format="array_record").download_and_prepare()
+    for builder in (Tiny, TinyHidden):
+        builder(data_dir=folder, file_format="array_record").download_and_prepare()
     return folder
 
 
@@ -229,8 +240,9 @@ def test_tfds_is_read_as_array_record_without_tensorflow(tiny_dir):
     assert "tensorflow" not in sys.modules
 
 
-def test_tfds_test_split_falls_back_to_validation(tiny_dir):
-    test = open_source("tiny", "test", data_dir=tiny_dir)
+@pytest.mark.parametrize("name", ["tiny", "tiny_hidden"])
+def test_tfds_test_split_falls_back_to_validation(tiny_dir, name):
+    test = open_source(name, "test", data_dir=tiny_dir)
     assert {test.image(i).tobytes() for i in range(4)} == {pixels(value).tobytes() for value in range(100, 104)}
 
 
