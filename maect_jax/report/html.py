@@ -33,7 +33,7 @@ LOWER_IS_BETTER = frozenset({"loss", "error", "mce", "ece"})
 MAX_QUERIES, MAX_RECONSTRUCTIONS = 12, 12  # a page that fits into a mail; the caption says how many there are
 
 
-def write_report(workdir: str | os.PathLike) -> Path:
+def write_report(workdir: str | os.PathLike) -> epath.Path:
     """Write `report.html` into a run's work folder.
 
     Args:
