@@ -1,0 +1,393 @@
+"""Settings of a run: the full tree with its defaults, overrides, checks, and what follows from the data's size.
+
+A recipe is a file with `get_config(variant)` that starts from `default()` and sets plain values. Precedence, lowest
+first: default, recipe, `--config.key=value`. All problems are collected and reported at once, before any device is
+touched. A value of None means "derived from the size of the training set" (see `derive`); paper recipes leave none.
+"""
+
+import difflib
+import importlib.util
+from pathlib import Path
+
+import yaml
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from maect_jax.data.augment import AUGMENTATIONS, IMAGENET_MEAN, IMAGENET_STD
+from maect_jax.errors import ConfigError
+from maect_jax.models.vit import SIZES
+from maect_jax.objectives.masking import patches_to_keep
+
+STAGES = ("pretrain", "control", "head", "tune", "evaluate")
+TRAINED = ("pretrain", "control", "head", "tune")
+
+
+def default() -> ConfigDict:
+    """Every setting there is, with the constants of MAE-CT ViT-L/16, minimal augmentation."""
+    return ConfigDict(
+        {
+            "name": "mae_ct",
+            "seed": 0,
+            "stages": ("pretrain", "head", "tune", "evaluate"),
+            "init_from": "",  # work folder, or stage folder in it, of an earlier run: its encoder starts this one
+            "model": {
+                "width": 1024,
+                "depth": 24,
+                "heads": 16,
+                "patch": 16,
+                "image_size": 224,  # pixels
+                "channels": 3,
+                "pooling": "cls",  # feature of a picture: 'cls' token or 'mean' of the patch tokens
+                "dtype": "bfloat16",  # of the computation; parameters, statistics, softmax and losses are float32
+                "remat": False,  # recompute activations in the backward pass: less memory, a third more work
+                "decoder": {"width": 512, "depth": 8, "heads": 16},
+                "projector": {"hidden": 2048, "out": 256},
+                "predictor": {"hidden": 4096},
+            },
+            "data": {
+                "train": "",  # 'digits', a folder, or a TFDS name
+                "test": "",  # the same as `train` when empty
+                "mean": IMAGENET_MEAN,  # a channel, for values in 0..1
+                "std": IMAGENET_STD,
+                "resize_ratio": 256 / 224,  # evaluation: shorter side over image size, before the central crop
+                "workers": 0,  # loader processes; 0 = threads
+                "resident_gib": 2.0,  # up to this size a set of equally sized pictures is kept on the devices
+            },
+            "pretrain": {
+                "epochs": placeholder(int),
+                "batch": 1024,  # pictures an update
+                "views": 2,
+                "base_lr": 1.5e-4,  # peak rate = base_lr * views * batch / 256
+                "warmup_epochs": placeholder(int),
+                "weight_decay": 0.05,
+                "mask_ratio": 0.75,
+                "normalise_pixels": True,
+                "crop_scale": (0.2, 1.0),
+                "accumulate": 1,  # parts a batch is split into, one after the other
+            },
+            # The same MAE trained on, for comparison with head and tuning; everything else as in `pretrain`.
+            "control": {"epochs": placeholder(int)},
+            "head": {
+                "epochs": placeholder(int),
+                "batch": 1024,
+                "base_lr": 1e-4,
+                "warmup": 0.2,  # share of the updates
+                "weight_decay": 1e-5,
+                "temperature": 0.15,
+                "queue": placeholder(int),  # rows; the batch must divide it
+                "crop_scale": (0.08, 1.0),
+                "augmentation": "minimal",
+            },
+            "tune": {
+                "epochs": placeholder(int),
+                "batch": 1024,
+                "encoder_base_lr": 1e-4,
+                "head_base_lr": 1e-4,
+                "warmup": 0.2,
+                "encoder_weight_decay": 0.05,
+                "head_weight_decay": 1e-5,
+                "layer_decay": 0.65,
+                "frozen_blocks": 12,
+                "temperature": 0.2,
+                "top_k": 20,
+                "target_factor": 0.99,  # EMA of the target projector
+                "ema_factor": placeholder(float),  # EMA of the encoder, the weights that are evaluated
+                "crop_scale": (0.08, 1.0),
+                "augmentation": "minimal",
+            },
+            "evaluate": {
+                "batch": 256,
+                "every_epochs": 0,  # k-NN during training; 0 = never
+                "online_limit": 10_000,  # pictures of the bank, and at most as many queries, of that k-NN
+                "probe_epochs": 50,
+                "probe_batch": 1024,
+            },
+            "mesh": {"fsdp": 1},  # devices that share one copy of the parameters
+            "checkpoint": {"every_updates": 1000, "keep": 2, "keep_every": 0},  # keep_every in updates; 0 = none
+            "log_every": 50,  # updates between two lines of metrics
+        }
+    )
+
+
+def set_size(config: ConfigDict, size: str) -> None:
+    """Takes width, depth, heads and patch of one of the published sizes ('S/16', 'B/16', 'L/16', 'H/16', 'H/14')."""
+    shape = SIZES[size]
+    config.model.update(width=shape.width, depth=shape.depth, heads=shape.heads, patch=shape.patch)
+
+
+def check_variant(recipe: str, variant: str, known: tuple[str, ...]) -> None:
+    """Raises ConfigError when a recipe does not have the variant that was asked for; '' is always known."""
+    if variant and variant not in known:
+        raise ConfigError(f"{recipe}: no variant '{variant}'; there is {', '.join(known) or 'none'}")
+
+
+def load(path_and_variant: str, overrides: dict[str, str]) -> ConfigDict:
+    """Reads a recipe, applies overrides, checks everything.
+
+    Args:
+      path_and_variant: 'configs/mae_ct_vitl.py' or 'configs/mae_ct_vitl.py:aug'. The file is Python and is run.
+      overrides: dotted key -> text of the value, read as YAML.
+
+    Raises:
+      ConfigError: with every problem found.
+    """
+    path, _, variant = path_and_variant.partition(":")
+    if not Path(path).is_file():
+        recipes = sorted(str(file) for file in Path(path).parent.glob("*.py")) if Path(path).parent.is_dir() else []
+        near = difflib.get_close_matches(path, recipes, 1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"--config: no file '{path}'{hint}")
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    config = recipe.get_config(variant)
+    problems = unknown_keys(config) + apply_overrides(config, overrides)
+    problems += [] if problems else check(config)
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def flatten(config: ConfigDict) -> dict:
+    """Dotted key -> value, in order."""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        flat |= {f"{key}.{inner}": v for inner, v in flatten(value).items()} if nested else {key: value}
+    return flat
+
+
+def plain(config: ConfigDict) -> dict:
+    """The settings as dicts, lists and scalars, for YAML and JSON."""
+    return {
+        key: plain(value) if isinstance(value, ConfigDict) else list(value) if isinstance(value, tuple) else value
+        for key, value in config.items()
+    }
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+    same_name = [name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    near = near or same_name
+    return f"config.{key}: no such setting" + (f"; did you mean config.{near[0]}?" if near else "")
+
+
+def unknown_keys(config: ConfigDict) -> list[str]:
+    """Settings of a recipe that `default()` does not have: a misspelt name must not go unnoticed."""
+    known = list(flatten(default()))
+    return [_unknown(key, known) for key in flatten(config) if key not in known]
+
+
+def apply_overrides(config: ConfigDict, overrides: dict[str, str]) -> list[str]:
+    """Sets `overrides` in `config`; returns a sentence for each that is unknown or of the wrong type."""
+    problems = []
+    known = list(flatten(config))
+    for key, text in overrides.items():
+        if key not in known:
+            problems.append(_unknown(key, known))
+            continue
+        *folders, name = key.split(".")
+        section = config
+        for folder in folders:
+            section = section[folder]
+        wanted = section.get_type(name)
+        try:
+            value = yaml.safe_load(text) if wanted is not str else text
+        except yaml.YAMLError:
+            value = text
+        if wanted is float and isinstance(value, str):  # YAML reads 1e-3 as text
+            value = _number(value)
+        if wanted is tuple and isinstance(value, str):  # 'head,tune' is as good as '[head, tune]'
+            value = value.split(",")
+        if wanted is tuple and isinstance(value, list):
+            value = tuple(v.strip() if isinstance(v, str) else v for v in value)
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if type(value) is not wanted:
+            problems.append(f"config.{key}: '{text}' is not a {wanted.__name__}; for instance {section[name]!r}")
+            continue
+        section[name] = value
+    return problems
+
+
+def _number(text: str):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def check(config: ConfigDict) -> list[str]:
+    """A sentence for each setting, or pair of settings, that can not work; needs neither data nor devices."""
+    problems: list[str] = []
+
+    def need(good: bool, key: str, why: str) -> None:
+        if not good:
+            problems.append(f"config.{key} = {flatten(config)[key]!r}: {why}")
+
+    model, decoder = config.model, config.model.decoder
+    for key in ("width", "depth", "heads", "patch", "image_size", "channels"):
+        need(model[key] >= 1, f"model.{key}", "must be at least 1")
+        if model[key] < 1:
+            return problems
+    need(model.image_size % model.patch == 0, "model.image_size", f"must be a multiple of model.patch = {model.patch}")
+    for prefix, part in (("model", model), ("model.decoder", decoder)):
+        need(part.width % 4 == 0, f"{prefix}.width", "must be a multiple of 4 (position table)")
+        need(part.width % max(part.heads, 1) == 0, f"{prefix}.width", f"must be a multiple of heads = {part.heads}")
+    need(model.pooling in ("cls", "mean"), "model.pooling", "must be 'cls' or 'mean'")
+    need(model.dtype in ("bfloat16", "float32"), "model.dtype", "must be 'bfloat16' or 'float32'")
+    need(bool(config.data.train), "data.train", "give 'digits', a folder of pictures, or a TFDS name")
+    for key in ("mean", "std"):
+        need(len(config.data[key]) == model.channels, f"data.{key}", f"needs {model.channels} values, one a channel")
+    need(all(s > 0 for s in config.data.std), "data.std", "must be positive")
+    need(config.data.resize_ratio >= 1, "data.resize_ratio", "must be at least 1")
+    problems += _check_stages(config)
+    patches = (model.image_size // model.patch) ** 2
+    ratio = config.pretrain.mask_ratio
+    good_ratio = 0 < ratio < 1 and 0 < patches_to_keep(patches, ratio) < patches
+    need(good_ratio, "pretrain.mask_ratio", f"of {patches} patches at least one must stay and one must go")
+    need(config.pretrain.views in (1, 2), "pretrain.views", "must be 1 or 2")
+    accumulate = max(config.pretrain.accumulate, 1)
+    need(config.pretrain.accumulate >= 1, "pretrain.accumulate", "must be at least 1")
+    need(config.pretrain.batch % accumulate == 0, "pretrain.accumulate", f"must divide batch = {config.pretrain.batch}")
+    for stage in TRAINED:
+        for key, value in config[stage].items():
+            problems += _check_value(f"{stage}.{key}", value, model.channels)
+    frozen = config.tune.frozen_blocks
+    need(
+        0 <= frozen < model.depth,
+        "tune.frozen_blocks",
+        f"the encoder has {model.depth} blocks; freeze 0 to {model.depth - 1}",
+    )
+    if config.head.queue:
+        for stage in ("head", "tune"):
+            batch = config[stage].batch
+            divides = batch >= 1 and config.head.queue % batch == 0
+            near = batch * max(1, round(config.head.queue / batch)) if batch >= 1 else 0
+            need(divides, "head.queue", f"{stage}.batch = {batch} must divide it; for instance {near}")
+        need(config.tune.top_k <= config.head.queue, "tune.top_k", f"the queue has only {config.head.queue} rows")
+    for key in (
+        "evaluate.batch",
+        "evaluate.probe_epochs",
+        "evaluate.probe_batch",
+        "evaluate.online_limit",
+        "mesh.fsdp",
+    ):
+        need(flatten(config)[key] >= 1, key, "must be at least 1")
+    for key in ("checkpoint.every_updates", "checkpoint.keep", "log_every"):
+        need(flatten(config)[key] >= 1, key, "must be at least 1")
+    return problems
+
+
+def _check_stages(config: ConfigDict) -> list[str]:
+    known, stages = ", ".join(STAGES), config.stages
+    wrong = [stage for stage in stages if stage not in STAGES]
+    if wrong or not stages:
+        near = difflib.get_close_matches(str(wrong[0]), STAGES, 1) if wrong else []
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return [f"config.stages = {stages!r}: choose from {known}{hint}"]
+    if list(stages) != [stage for stage in STAGES if stage in stages]:
+        return [f"config.stages = {stages!r}: each at most once, in the order {known}"]
+    return []
+
+
+_AT_LEAST_ONE = ("epochs", "top_k", "queue")
+_NOT_NEGATIVE = ("base_lr", "encoder_base_lr", "head_base_lr", "weight_decay", "encoder_weight_decay")
+_NOT_NEGATIVE += ("head_weight_decay", "warmup_epochs", "frozen_blocks")
+_SHARES = ("warmup", "layer_decay", "target_factor", "ema_factor")
+
+
+def _check_value(key: str, value, channels: int) -> list[str]:
+    """Range checks that hold for a setting's name in every stage; None (derived later) passes."""
+    name = key.split(".")[1]
+    why = ""
+    if value is None:
+        return []
+    if name in _AT_LEAST_ONE and value < 1:
+        why = "must be at least 1"
+    elif name == "batch" and value < 2:
+        why = "must be at least 2"
+    elif name in _NOT_NEGATIVE and value < 0:
+        why = "must not be negative"
+    elif name in _SHARES and not 0 <= value <= 1:
+        why = "must lie between 0 and 1"
+    elif name == "temperature" and value <= 0:
+        why = "must be positive"
+    elif name == "crop_scale" and not (len(value) == 2 and 0 < value[0] <= value[1] <= 1):
+        why = "must be two shares of the area, 0 < smallest <= largest <= 1"
+    elif name == "augmentation" and value not in AUGMENTATIONS:
+        why = f"must be one of {', '.join(AUGMENTATIONS)}"
+    elif name == "augmentation" and value == "strong" and channels != 3:
+        why = f"changes colours and needs 3 channels, not {channels}; use 'minimal'"
+    return [f"config.{key} = {value!r}: {why}"] if why else []
+
+
+def check_devices(config: ConfigDict, devices: int) -> list[str]:
+    """A sentence for each setting that this number of devices does not divide; to be called before any training."""
+    problems = []
+    if devices % config.mesh.fsdp:
+        problems.append(f"config.mesh.fsdp = {config.mesh.fsdp}: must divide the {devices} devices")
+    sizes = {f"{stage}.batch": config[stage].batch for stage in ("pretrain", "head", "tune", "evaluate")}
+    sizes["pretrain.batch / accumulate"] = config.pretrain.batch // config.pretrain.accumulate
+    for key, size in sizes.items():
+        if size % devices:
+            near = devices * max(1, round(size / devices))
+            problems.append(f"config.{key} = {size}: the {devices} devices must divide it; for instance {near}")
+    return problems
+
+
+# ------------------------------------------------------------------------------------------------------ derivations
+
+
+def derive(config: ConfigDict, pictures: int) -> None:
+    """Fills the settings left as None from the number of training pictures.
+
+    Paper constants presuppose paper lengths: an average of factor 0.9999 over few updates is still its start, a queue
+    longer than the data set holds a picture's own past, a warm-up of 20 epochs may be the whole run. So:
+
+      epochs      smaller sets are seen more often: 400 * (1e6 / pictures)^(1/3), at most 1600, in pre-training;
+                  20 * (1e6 / pictures)^(1/3), at most 100, for head and tuning; the control as long as both
+      warm-up     a twentieth of the epochs of pre-training
+      queue       the largest power of two times the batch within a quarter of the set, at most 65,536 rows
+      EMA         such that at most 1 % of the start remains at the end, at most 0.9999
+    """
+    growth = (1e6 / pictures) ** (1 / 3)
+
+    def fill(section: str, key: str, value) -> None:
+        if config[section][key] is None:
+            config[section][key] = value
+
+    fill("pretrain", "epochs", round(min(1600, 400 * growth)))
+    fill("pretrain", "warmup_epochs", max(1, config.pretrain.epochs // 20))
+    for stage in ("head", "tune"):
+        fill(stage, "epochs", round(min(100, max(20, 20 * growth))))
+    fill("control", "epochs", config.head.epochs + config.tune.epochs)
+    step = max(config.head.batch, config.tune.batch)
+    rows = step
+    while 2 * rows <= min(65_536, pictures // 4):
+        rows *= 2
+    fill("head", "queue", rows)
+    updates = max(1, updates_of(config, "tune", pictures))
+    fill("tune", "ema_factor", min(0.9999, 0.01 ** (1 / updates)))
+
+
+def updates_of(config: ConfigDict, stage: str, pictures: int) -> int:
+    """Updates of a training stage: epochs times whole batches in the training set."""
+    batch = config[_settings_of(stage)].batch
+    return config[stage].epochs * (pictures // batch)
+
+
+def warmup_updates(config: ConfigDict, stage: str, pictures: int) -> int:
+    """Warm-up updates: whole epochs in pre-training, a share of all updates (rounded down) in head and tuning."""
+    if stage in ("pretrain", "control"):
+        epochs = min(config.pretrain.warmup_epochs, config[stage].epochs)
+        return epochs * (pictures // config.pretrain.batch)
+    return int(config[stage].warmup * updates_of(config, stage, pictures))
+
+
+def _settings_of(stage: str) -> str:
+    """The section that holds a stage's batch and rates: the control is pre-training continued."""
+    return "pretrain" if stage == "control" else stage
