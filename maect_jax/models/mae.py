@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         x = dense(self.width, self.dtype, "embed")(tokens_bld)
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
         removed = jnp.broadcast_to(mask_token.astype(self.dtype), (b, n - kept, self.width))
-        table_nd = jnp.asarray(position_table(self.width, self.grid), self.dtype)
+        table_nd = jnp.asarray(position_table(self.width, self.grid).astype("float32"), self.dtype)  # as published
         patches = jnp.concatenate([x[:, 1:], removed], axis=1) + table_nd[shuffle_bn]
         x = jnp.concatenate([x[:, :1], patches], axis=1)
         x, _ = blocks(self.depth, self.heads, self.mlp_ratio, self.dtype, self.remat, name="blocks")(x, None)

@@ -148,7 +148,7 @@ class ViT(nn.Module):
           [batch, 1 + kept patches, width]: the CLS token first, then the patches in the order given.
         """
         b, _, p = patches_blp.shape
-        table_nd = jnp.asarray(position_table(self.width, self.grid), self.dtype)
+        table_nd = jnp.asarray(position_table(self.width, self.grid).astype("float32"), self.dtype)  # as published
         x = Dense(
             self.width,
             dtype=self.dtype,
