@@ -18,6 +18,7 @@ def learning_rate_factor(step, updates: int, warmup: int, xp=jnp):
     (step + 1) / (warmup + 1) during the `warmup` first updates, then (1 + cos(pi * s / n)) / 2 for s = 0..n-1 over the
     remaining n = updates - warmup. `xp` is the array library: `jnp` inside a jitted step, `numpy` for float64.
     """
+    step = xp.asarray(step, float)
     ramp = (step + 1) / (warmup + 1)
     decay = (1 + xp.cos(xp.pi * (step - warmup) / max(updates - warmup, 1))) / 2
     return xp.where(step < warmup, ramp, decay)
