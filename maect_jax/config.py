@@ -1,8 +1,7 @@
-"""Settings of a run: the full tree with its defaults, overrides, checks, and what follows from the data's size.
+"""Settings of a run: the full tree with its defaults, overrides, and what follows from the data's size.
 
 A recipe is a file with `get_config(variant)` that starts from `default()` and sets plain values. Precedence, lowest
-first: default, recipe, `--config.key=value`. All problems are collected and reported at once, before any device is
-touched. A value of None means "derived from the size of the training set" (see `derive`); paper recipes leave none.
+first: default, recipe, `--config.key=value`. Problems are collected and reported at once (`config_checks`). A value of None means "derived from the size of the training set" (see `derive`); paper recipes leave none.
 """
 
 import difflib
@@ -13,10 +12,9 @@ import yaml
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from maect_jax.data.augment import AUGMENTATIONS, IMAGENET_MEAN, IMAGENET_STD
+from maect_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from maect_jax.errors import ConfigError
 from maect_jax.models.vit import SIZES
-from maect_jax.objectives.masking import patches_to_keep
 
 STAGES = ("pretrain", "control", "head", "tune", "evaluate")
 TRAINED = ("pretrain", "control", "head", "tune")
@@ -122,7 +120,7 @@ def check_variant(recipe: str, variant: str, known: tuple[str, ...]) -> None:
 
 
 def load(path_and_variant: str, overrides: dict[str, str]) -> ConfigDict:
-    """Reads a recipe, applies overrides, checks everything.
+    """Reads a recipe and applies overrides.
 
     Args:
       path_and_variant: 'configs/mae_ct_vitl.py' or 'configs/mae_ct_vitl.py:aug'. The file is Python and is run.
@@ -141,9 +139,7 @@ def load(path_and_variant: str, overrides: dict[str, str]) -> ConfigDict:
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     config = recipe.get_config(variant)
-    problems = unknown_keys(config) + apply_overrides(config, overrides)
-    problems += [] if problems else check(config)
-    if problems:
+    if problems := unknown_keys(config) + apply_overrides(config, overrides):
         raise ConfigError(problems)
     return config
 
@@ -215,131 +211,6 @@ def _number(text: str):
         return float(text)
     except ValueError:
         return text
-
-
-# ----------------------------------------------------------------------------------------------------------- checks
-
-
-def check(config: ConfigDict) -> list[str]:
-    """A sentence for each setting, or pair of settings, that can not work; needs neither data nor devices."""
-    problems: list[str] = []
-
-    def need(good: bool, key: str, why: str) -> None:
-        if not good:
-            problems.append(f"config.{key} = {flatten(config)[key]!r}: {why}")
-
-    model, decoder = config.model, config.model.decoder
-    for key in ("width", "depth", "heads", "patch", "image_size", "channels"):
-        need(model[key] >= 1, f"model.{key}", "must be at least 1")
-        if model[key] < 1:
-            return problems
-    need(model.image_size % model.patch == 0, "model.image_size", f"must be a multiple of model.patch = {model.patch}")
-    for prefix, part in (("model", model), ("model.decoder", decoder)):
-        need(part.width % 4 == 0, f"{prefix}.width", "must be a multiple of 4 (position table)")
-        need(part.width % max(part.heads, 1) == 0, f"{prefix}.width", f"must be a multiple of heads = {part.heads}")
-    need(model.pooling in ("cls", "mean"), "model.pooling", "must be 'cls' or 'mean'")
-    need(model.dtype in ("bfloat16", "float32"), "model.dtype", "must be 'bfloat16' or 'float32'")
-    need(bool(config.data.train), "data.train", "give 'digits', a folder of pictures, or a TFDS name")
-    for key in ("mean", "std"):
-        need(len(config.data[key]) == model.channels, f"data.{key}", f"needs {model.channels} values, one a channel")
-    need(all(s > 0 for s in config.data.std), "data.std", "must be positive")
-    need(config.data.resize_ratio >= 1, "data.resize_ratio", "must be at least 1")
-    problems += _check_stages(config)
-    patches = (model.image_size // model.patch) ** 2
-    ratio = config.pretrain.mask_ratio
-    good_ratio = 0 < ratio < 1 and 0 < patches_to_keep(patches, ratio) < patches
-    need(good_ratio, "pretrain.mask_ratio", f"of {patches} patches at least one must stay and one must go")
-    need(config.pretrain.views in (1, 2), "pretrain.views", "must be 1 or 2")
-    accumulate = max(config.pretrain.accumulate, 1)
-    need(config.pretrain.accumulate >= 1, "pretrain.accumulate", "must be at least 1")
-    need(config.pretrain.batch % accumulate == 0, "pretrain.accumulate", f"must divide batch = {config.pretrain.batch}")
-    for stage in TRAINED:
-        for key, value in config[stage].items():
-            problems += _check_value(f"{stage}.{key}", value, model.channels)
-    frozen = config.tune.frozen_blocks
-    need(
-        0 <= frozen < model.depth,
-        "tune.frozen_blocks",
-        f"the encoder has {model.depth} blocks; freeze 0 to {model.depth - 1}",
-    )
-    if config.head.queue:
-        for stage in ("head", "tune"):
-            batch = config[stage].batch
-            divides = batch >= 1 and config.head.queue % batch == 0
-            near = batch * max(1, round(config.head.queue / batch)) if batch >= 1 else 0
-            need(divides, "head.queue", f"{stage}.batch = {batch} must divide it; for instance {near}")
-        need(config.tune.top_k <= config.head.queue, "tune.top_k", f"the queue has only {config.head.queue} rows")
-    for key in (
-        "evaluate.batch",
-        "evaluate.probe_epochs",
-        "evaluate.probe_batch",
-        "evaluate.online_limit",
-        "mesh.fsdp",
-    ):
-        need(flatten(config)[key] >= 1, key, "must be at least 1")
-    for key in ("checkpoint.every_updates", "checkpoint.keep", "log_every"):
-        need(flatten(config)[key] >= 1, key, "must be at least 1")
-    return problems
-
-
-def _check_stages(config: ConfigDict) -> list[str]:
-    known, stages = ", ".join(STAGES), config.stages
-    wrong = [stage for stage in stages if stage not in STAGES]
-    if wrong or not stages:
-        near = difflib.get_close_matches(str(wrong[0]), STAGES, 1) if wrong else []
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        return [f"config.stages = {stages!r}: choose from {known}{hint}"]
-    if list(stages) != [stage for stage in STAGES if stage in stages]:
-        return [f"config.stages = {stages!r}: each at most once, in the order {known}"]
-    return []
-
-
-_AT_LEAST_ONE = ("epochs", "top_k", "queue")
-_NOT_NEGATIVE = ("base_lr", "encoder_base_lr", "head_base_lr", "weight_decay", "encoder_weight_decay")
-_NOT_NEGATIVE += ("head_weight_decay", "warmup_epochs", "frozen_blocks")
-_SHARES = ("warmup", "layer_decay", "target_factor", "ema_factor")
-
-
-def _check_value(key: str, value, channels: int) -> list[str]:
-    """Range checks that hold for a setting's name in every stage; None (derived later) passes."""
-    name = key.split(".")[1]
-    why = ""
-    if value is None:
-        return []
-    if name in _AT_LEAST_ONE and value < 1:
-        why = "must be at least 1"
-    elif name == "batch" and value < 2:
-        why = "must be at least 2"
-    elif name in _NOT_NEGATIVE and value < 0:
-        why = "must not be negative"
-    elif name in _SHARES and not 0 <= value <= 1:
-        why = "must lie between 0 and 1"
-    elif name == "temperature" and value <= 0:
-        why = "must be positive"
-    elif name == "crop_scale" and not (len(value) == 2 and 0 < value[0] <= value[1] <= 1):
-        why = "must be two shares of the area, 0 < smallest <= largest <= 1"
-    elif name == "augmentation" and value not in AUGMENTATIONS:
-        why = f"must be one of {', '.join(AUGMENTATIONS)}"
-    elif name == "augmentation" and value == "strong" and channels != 3:
-        why = f"changes colours and needs 3 channels, not {channels}; use 'minimal'"
-    return [f"config.{key} = {value!r}: {why}"] if why else []
-
-
-def check_devices(config: ConfigDict, devices: int) -> list[str]:
-    """A sentence for each setting that this number of devices does not divide; to be called before any training."""
-    problems = []
-    if devices % config.mesh.fsdp:
-        problems.append(f"config.mesh.fsdp = {config.mesh.fsdp}: must divide the {devices} devices")
-    sizes = {f"{stage}.batch": config[stage].batch for stage in ("pretrain", "head", "tune", "evaluate")}
-    sizes["pretrain.batch / accumulate"] = config.pretrain.batch // config.pretrain.accumulate
-    for key, size in sizes.items():
-        if size % devices:
-            near = devices * max(1, round(size / devices))
-            problems.append(f"config.{key} = {size}: the {devices} devices must divide it; for instance {near}")
-    return problems
-
-
-# ------------------------------------------------------------------------------------------------------ derivations
 
 
 def derive(config: ConfigDict, pictures: int) -> None:

@@ -18,7 +18,8 @@ from maect_jax.randomness import sample_keys
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as PIL's convert("L")
-_MAX_BLUR_SIGMA = 2.0
+_BLUR_SIGMA = (0.1, 2.0)  # pixels of a picture of 224 x 224; smaller pictures are blurred in proportion
+_BLUR_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def colour_jitter(key: jax.Array, x_hwc: jax.Array, brightness=0.4, contrast=0.4
 
 def blur_weights(sigma: jax.Array, size: int) -> jax.Array:
     """Matrix [size, size] of a Gaussian blur with standard deviation `sigma` pixels; the border pixel is repeated."""
-    reach = int(3 * _MAX_BLUR_SIGMA + 0.5)
+    reach = int(3 * _BLUR_SIGMA[1] + 0.5)
     offset = jnp.arange(-reach, size + reach)[None, :] - jnp.arange(size)[:, None]
     weight = jnp.where(jnp.abs(offset) <= reach, jnp.exp(-0.5 * (offset / sigma) ** 2), 0.0)
     weight = weight / weight.sum(axis=1, keepdims=True)
@@ -178,7 +179,8 @@ def _sometimes(key: jax.Array, probability: float, operation, x_hwc: jax.Array) 
 
 
 def _random_blur(key: jax.Array, x_hwc: jax.Array) -> jax.Array:
-    return gaussian_blur(x_hwc, jax.random.uniform(key, minval=0.1, maxval=_MAX_BLUR_SIGMA))
+    low, high = (sigma * min(1.0, x_hwc.shape[0] / _BLUR_SIZE) for sigma in _BLUR_SIGMA)
+    return gaussian_blur(x_hwc, jax.random.uniform(key, minval=low, maxval=high))
 
 
 def change_colours(keys: dict[str, jax.Array], images_bhwc: jax.Array, recipe: ViewAugmentation) -> jax.Array:

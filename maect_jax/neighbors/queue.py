@@ -93,6 +93,15 @@ def enqueue(queue: SupportQueue, target_be: jax.Array, id_b: jax.Array, label_b:
     )
 
 
+def oldest_first(queue: SupportQueue) -> SupportQueue:
+    """The same ring turned so that its oldest row is the first: another batch size may go on writing it."""
+
+    def turn(ring):
+        return jnp.roll(ring, -queue.pointer, axis=0)
+
+    return SupportQueue(turn(queue.rows_qe), turn(queue.id_q), turn(queue.label_q), jnp.zeros_like(queue.pointer))
+
+
 def age_in_updates(queue: SupportQueue, index_b: jax.Array, batch: int) -> jax.Array:
     """How many updates ago each row was written, int32 [batch]; 1 for the rows of the newest batch."""
     size = queue.rows_qe.shape[0]

@@ -71,7 +71,7 @@ class Checkpoints:
         for step in self.steps():
             try:
                 saved = self._saved_tree(step)
-                _compare(saved, _without_empty(to_state_dict(like)), f"{self.folder}/{step}")
+                compare_trees(saved, _without_empty(to_state_dict(like)), f"{self.folder}/{step}")
                 return self._read(step, like, shardings)
             except CheckpointError:
                 raise
@@ -171,8 +171,8 @@ def _shapes(tree: Any, prefix: str = "") -> dict[str, tuple]:
     return {prefix[1:]: (tuple(tree.shape), str(np.dtype(tree.dtype)))}
 
 
-def _compare(saved: dict, wanted: dict, where: str) -> None:
-    """Raises CheckpointError with a table when names, shapes or types differ."""
+def compare_trees(saved: dict, wanted: dict, where: str) -> None:
+    """Raises CheckpointError with a table when names, shapes or types of two nested dicts of arrays differ."""
     have, want = _shapes(saved), _shapes(wanted)
     rows = [
         f"  {name}: checkpoint {have.get(name, 'nothing')}, this run {want.get(name, 'nothing')}"
@@ -183,5 +183,5 @@ def _compare(saved: dict, wanted: dict, where: str) -> None:
         more = f"\n  … and {len(rows) - 8} more" if len(rows) > 8 else ""
         raise CheckpointError(
             f"{where} is of another architecture; {len(rows)} arrays differ:\n" + "\n".join(rows[:8]) + more + "\nUse "
-            "the settings it was made with, or another --workdir."
+            "the model settings it was made with, or another --workdir."
         )

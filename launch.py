@@ -1,0 +1,20 @@
+"""Runs a recipe from pictures to a report, or continues a run that was interrupted.
+
+    python launch.py --config=configs/digits.py --workdir=runs/digits
+    python launch.py --config=configs/mae_ct_vitl.py:aug --workdir=… --config.data.train=imagenet2012
+    python launch.py --config=… --workdir=… --config.stages=head,tune,evaluate --config.init_from=runs/earlier
+
+Exit status: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 asked to stop (the same command continues).
+"""
+
+import sys
+
+
+def main() -> int:
+    from maect_jax import run
+
+    return run.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

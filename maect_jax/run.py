@@ -1,0 +1,190 @@
+"""One run: command line -> settings -> data -> devices -> stages -> report. Errors end it with one clear message."""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import jax
+import yaml
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+import maect_jax
+from maect_jax import config as settings
+from maect_jax import config_checks
+from maect_jax.data.sources import Source, open_source
+from maect_jax.errors import ConfigError, DataError, MaectError
+from maect_jax.parallel.mesh import make_mesh
+from maect_jax.report.html import write_report
+from maect_jax.stages import Run, run_stages
+from maect_jax.training.checkpoint import write_json
+from maect_jax.training.logbook import Logbook
+from maect_jax.training.stop import StopRequest
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
+# Settings that may differ when a work folder is continued: they do not change what is learned.
+FREE_TO_CHANGE = ("stages", "init_from", "log_every", "checkpoint.", "evaluate.", "data.workers", "data.resident_gib")
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+    logging.set_verbosity(logging.ERROR)
+    try:
+        config_path, workdir, overrides = parse(arguments)
+        config = settings.load(config_path, overrides)
+        if problems := config_checks.check(config):
+            raise ConfigError(problems)
+        run(config, workdir)
+        return 0
+    except MaectError as error:
+        print(f"{_KIND.get(error.status, 'error')}:\n{_indent(str(error))}", file=sys.stderr, flush=True)
+        return error.status
+
+
+_KIND = {2: "config error", 3: "data error", 4: "checkpoint error", 5: "numerics error", 6: "stopped"}
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def parse(arguments: list[str]) -> tuple[str, str, dict[str, str]]:
+    """Command line -> (recipe, work folder, overrides by dotted key).
+
+    Raises:
+      ConfigError: for everything that is missing or not understood.
+    """
+    parser = argparse.ArgumentParser(
+        prog="launch.py",
+        usage="launch.py --config=FILE[:VARIANT] --workdir=FOLDER [--config.KEY=VALUE …]",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config")
+    parser.add_argument("--workdir")
+    known, rest = parser.parse_known_args(arguments)
+    problems, overrides = [], {}
+    while rest:
+        text = rest.pop(0)
+        key, equals, value = text.removeprefix("--config.").partition("=")
+        if not text.startswith("--config."):
+            problems.append(f"'{text}' is not understood; settings are given as --config.key=value")
+        elif equals or (rest and not rest[0].startswith("--")):
+            overrides[key] = value if equals else rest.pop(0)
+        else:
+            problems.append(f"'{text}' needs a value: {text}=…")
+    problems += [] if known.config else ["--config=FILE is missing; for instance --config=configs/digits.py"]
+    problems += [] if known.workdir else ["--workdir=FOLDER is missing; for instance --workdir=runs/digits"]
+    if problems:
+        raise ConfigError(problems)
+    return known.config, known.workdir, overrides
+
+
+def run(config: ConfigDict, workdir: str) -> epath.Path:
+    """Runs all stages of a checked config in `workdir` and writes the report; returns its path.
+
+    Raises:
+      MaectError: everything a user can mend or must know.
+    """
+    root = epath.Path(workdir)
+    train, test = open_data(config)
+    settings.derive(config, len(train))
+    problems = config_checks.check(config)
+    if not problems:
+        problems = compare_with_earlier(config, root)
+    if problems:
+        raise ConfigError(problems)
+    _use_compilation_cache()
+    if problems := config_checks.check_devices(config, jax.device_count()):
+        raise ConfigError(problems)
+    leader = jax.process_index() == 0
+    root.mkdir(parents=True, exist_ok=True)
+    for stage in config.stages:
+        (root / stage).mkdir(exist_ok=True)
+    if leader:
+        _write(root / "config.resolved.yaml", yaml.safe_dump(settings.plain(config), sort_keys=False))
+        write_json(root / "environment.json", environment())
+    mesh = make_mesh(config.mesh.fsdp)
+    logbook = Logbook(root, write=leader)
+    with StopRequest() as stop:
+        try:
+            run_stages(Run(config, root, mesh, train, test, logbook, stop, leader))
+        finally:
+            logbook.close()
+    if not leader:
+        return root / "report.html"
+    report = write_report(root)
+    print(f"report: {report}", flush=True)
+    return report
+
+
+def open_data(config: ConfigDict) -> tuple[Source, Source | None]:
+    """Training and test pictures; the test set is None for a flat folder of unlabelled pictures alone.
+
+    Raises:
+      DataError: see `data.sources.open_source`; or fewer pictures than one batch of a stage.
+    """
+    channels = config.model.channels
+    train = open_source(config.data.train, "train", channels=channels)
+    for stage in config.stages:
+        if stage in settings.TRAINED:
+            section = "pretrain" if stage == "control" else stage
+            if (batch := config[section].batch) > len(train):
+                raise DataError(
+                    f"data.train: '{config.data.train}' has {len(train)} pictures, fewer than one batch; set "
+                    f"config.{section}.batch = {batch} to at most {len(train)}, or add pictures"
+                )
+    if not train.classes and not config.data.test:
+        return train, None
+    name = config.data.test or config.data.train
+    return train, open_source(name, "test", channels=channels, classes=train.classes or None)
+
+
+def compare_with_earlier(config: ConfigDict, root: epath.Path) -> list[str]:
+    """A sentence for each setting in which the work folder's earlier run differs from this one."""
+    path = root / "config.resolved.yaml"
+    if not path.exists():
+        return []
+    earlier = settings.flatten(ConfigDict(yaml.safe_load(path.read_text())))
+    now = settings.flatten(ConfigDict(settings.plain(config)))
+    differing = [
+        key
+        for key in sorted(earlier.keys() | now.keys())
+        if earlier.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+    ]
+    return [
+        f"--workdir: '{root}' holds a run with config.{key} = {earlier.get(key)!r}, not {now.get(key)!r}; use another "
+        "folder, or the same settings"
+        for key in differing
+    ]
+
+
+def environment() -> dict:
+    """Versions and devices of this run, for `environment.json`; nothing of the process's environment variables."""
+    devices = jax.devices()
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "maect_jax": maect_jax.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "cpus": os.cpu_count(),
+    } | versions
+
+
+def _use_compilation_cache() -> None:
+    """A second start does not compile again; JAX_COMPILATION_CACHE_DIR, where set, says where."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maect_jax"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+
+
+def _write(path: epath.Path, text: str) -> None:
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
