@@ -7,11 +7,13 @@
 Exit status: 0 done, 2 config, 3 data, 4 checkpoint, 5 numerics, 6 asked to stop (the same command continues).
 """
 
+import os
 import sys
 
 
 def main() -> int:
-    from maect_jax import run
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads spin against XLA's: small SVDs take 100 x as long
+    from maect_jax import run  # after that line, which NumPy reads when it loads
 
     return run.main(sys.argv[1:])
 

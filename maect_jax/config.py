@@ -1,7 +1,8 @@
 """Settings of a run: the full tree with its defaults, overrides, and what follows from the data's size.
 
 A recipe is a file with `get_config(variant)` that starts from `default()` and sets plain values. Precedence, lowest
-first: default, recipe, `--config.key=value`. Problems are collected and reported at once (`config_checks`). A value of None means "derived from the size of the training set" (see `derive`); paper recipes leave none.
+first: default, recipe, `--config.key=value`. Problems are collected and reported at once (`config_checks`). A value of
+None means "derived from the size of the training set" (see `derive`); paper recipes leave none.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """Pictures on the host: encoded bytes to uint8 arrays, crops and resizes, all with Pillow.
 
 No JAX in this file: it is what loader processes run. Every function is pure; random crops are counters
-(spec/design.md, decision 5): a function of (seed, epoch, sample id, view) and of nothing else.
+(docs/design.md, decision 5): a function of (seed, epoch, sample id, view) and of nothing else.
 """
 
 import io

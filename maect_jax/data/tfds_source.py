@@ -1,4 +1,4 @@
-"""TFDS data sets as a `Source`: prepared ArrayRecord files, read without TensorFlow (spec/design.md, decision 6)."""
+"""TFDS data sets as a `Source`: prepared ArrayRecord files, read without TensorFlow."""
 
 import difflib
 import os

@@ -1,6 +1,6 @@
 """The 'maect-linear' probe on cached features: one linear layer a base rate, all of them trained in one pass.
 
-Recipe (spec/methods.md, section 12): batch normalisation without affine, then linear heads; SGD with momentum; the
+Recipe (MAE-CT, Lehner et al. 2023, released probe): batch normalisation without affine, then linear heads; SGD with momentum; the
 rate rises linearly from exactly 0 over the first tenth of the updates, then falls along a cosine to exactly 0. The
 heads see the same batches and share the running statistics; nothing else connects them.
 
