@@ -47,6 +47,15 @@ class Clock:
         return step // self.updates_per_epoch
 
 
+def _join_views(x_vb: jax.Array) -> jax.Array:
+    """[views, batch, ...] -> [batch * views, ...], the views of a picture side by side.
+
+    With the views outside, the joined axis could not stay split over the devices: the compiler would gather all
+    pictures on each of them.
+    """
+    return x_vb.swapaxes(0, 1).reshape(-1, *x_vb.shape[2:])
+
+
 def _apply_gradients(
     state: TrainState, gradients: dict, groups: dict[str, optimizer.Group], depth: int, clock: Clock
 ) -> tuple[dict, Any, dict]:
@@ -100,10 +109,12 @@ def make_pretrain_step(
     def part_of(state, batch):
         epoch = clock.epoch(state.step)
         views_vbhwc = views_of(batch, epoch)
-        v = views_vbhwc.shape[0]
-        keys_vb = [sample_keys(clock.seed, "mask", epoch, batch["id"], view) for view in range(v)]
-        images = views_vbhwc.reshape(-1, *views_vbhwc.shape[2:])
-        return jax.value_and_grad(loss_of, has_aux=True)(state.params, images, jnp.concatenate(keys_vb))
+        v, b, *_ = views_vbhwc.shape
+        keys_vb = jnp.stack([sample_keys(clock.seed, "mask", epoch, batch["id"], view) for view in range(v)])
+        (loss, embedding), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params, _join_views(views_vbhwc), _join_views(keys_vb)
+        )
+        return (loss, embedding.reshape(b, v, -1)[:, 0]), gradients
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, dict, jax.Array]:
         if accumulate == 1:
@@ -119,10 +130,10 @@ def make_pretrain_step(
 
             total, embeddings = jax.lax.scan(add, (jnp.float32(0), zeros), parts)
             loss, gradients = jax.tree.map(lambda x: x / accumulate, total)
-            embedding_bd = embeddings.reshape(-1, embeddings.shape[-1])
+            embedding_bd = embeddings.swapaxes(0, 1).reshape(-1, embeddings.shape[-1])
         params, moments, metrics = _apply_gradients(state, gradients, groups, encoder.depth, clock)
         state, metrics = _finish(state, state.replace(params=params, moments=moments), metrics | {"loss": loss})
-        return state, metrics, embedding_bd[: batch["id"].shape[0]]
+        return state, metrics, embedding_bd
 
     return step
 
@@ -161,9 +172,9 @@ def make_contrastive_step(
 
     def views_features(params, frozen, views_vbhwc):
         v, b, *_ = views_vbhwc.shape
-        patches = patchify(views_vbhwc.reshape(v * b, *views_vbhwc.shape[2:]), encoder.patch)
+        patches = patchify(_join_views(views_vbhwc), encoder.patch)
         tokens = encoder.apply({"params": merge(frozen, params)["encoder"]}, patches)
-        return pool(tokens, pooling).reshape(v, b, -1)
+        return pool(tokens, pooling).reshape(b, v, -1)
 
     def head(params, batch_stats, name, module, x):
         variables = {"params": params[name], "batch_stats": batch_stats[name]}
@@ -178,12 +189,12 @@ def make_contrastive_step(
         return jax.lax.stop_gradient(unit(target))
 
     def loss_of(params, state, batch, epoch):
-        features_vbd = views_features(params, state.frozen, views_of(batch, epoch))
+        features_bvd = views_features(params, state.frozen, views_of(batch, epoch))
         stats, predictions, targets, neighbors = state.batch_stats, [], [], []
         for view in (0, 1):
-            embedding, stats = head(params, stats, "projector", projector, features_vbd[view])
+            embedding, stats = head(params, stats, "projector", projector, features_bvd[:, view])
             prediction, stats = head(params, stats, "predictor", predictor, embedding)
-            target = target_of(state, features_vbd[view], embedding)
+            target = target_of(state, features_bvd[:, view], embedding)
             keys_b = sample_keys(clock.seed, "neighbor", epoch, batch["id"], view)
             predictions.append(prediction)
             targets.append(target)
