@@ -199,10 +199,8 @@ def _copy(tree: dict) -> dict:
 
 def source_shapes(config: ConfigDict, stage: str, mesh: Mesh) -> dict:
     """Shapes of what `stage` takes from the one before it; see `Assembled.first_state`."""
-    if stage == "pretrain":
-        return {}
     before = jax.eval_shape(_pretrain(config, "pretrain", config.pretrain, _NO_CLOCK, mesh).first_state, {}).params
-    if stage == "control":
+    if stage in ("pretrain", "control"):
         return before
     if stage == "head":
         return {"encoder": before["encoder"]}

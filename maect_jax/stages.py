@@ -71,8 +71,7 @@ def run_stages(run: Run) -> None:
             run_training_stage(run, stage)
         else:
             began = time.perf_counter()
-            weights = {name: encoder_weights(run.workdir, name, run.mesh) for name in evaluate.EVALUATED}
-            evaluate.evaluate_run(run, {name: found for name, found in weights.items() if found})
+            evaluate.evaluate_run(run, evaluated_weights(run))
             if run.leader:
                 done.parent.mkdir(parents=True, exist_ok=True)
                 write_json(done, {"stage": stage, "seconds": round(time.perf_counter() - began, 1)})
@@ -135,7 +134,7 @@ def run_training_stage(run: Run, stage: str) -> None:
         evaluate.save_reconstructions(run, state.params)
     if run.leader:
         done = {"stage": stage, "step": int(state.step), "seconds": round(seconds, 1)}
-        write_json(folder / "DONE.json", done | {"weights": weights_hash(_evaluated_encoder(stage, _parts(state)))})
+        write_json(folder / "DONE.json", done | {"weights": weights_hash(_evaluated_encoder(_parts(state)))})
 
 
 def _later_work(run: Run, stage: str) -> float:
@@ -158,26 +157,36 @@ def _parts(state) -> dict:
     return {name: getattr(state, name) for name in _PARTS}
 
 
-def _evaluated_encoder(stage: str, parts: dict) -> dict:
-    """The encoder a stage stands for: its moving average where it has one."""
-    if stage in ("pretrain", "control"):
-        return parts["params"]["encoder"]
-    if stage == "head":
-        return parts["frozen"]["encoder"]
-    return join_blocks(parts["ema"]["encoder"], parts["frozen"]["encoder"])
+def _evaluated_encoder(parts: dict) -> dict:
+    """The encoder a stage stands for: its moving average (tuning), what it kept frozen (head), or what it trained."""
+    if parts["ema"]:
+        return join_blocks(parts["ema"]["encoder"], parts["frozen"]["encoder"])
+    return (parts["frozen"] or parts["params"])["encoder"]
 
 
-def encoder_weights(root: epath.Path, stage: str, mesh: Mesh) -> tuple[dict, int] | None:
-    """Encoder parameters of a complete stage in the folder `root`, replicated, and the stage's updates."""
-    if not (root / stage / "DONE.json").exists():
-        return None
-    folder = newest_step_folder(root / stage)
-    if folder is None:
-        raise CheckpointError(
-            f"{root / stage}: complete, but its checkpoints are gone; remove DONE.json to train it again"
-        )
-    parts = read_arrays(folder, _PARTS, replicated(mesh))
-    return _evaluated_encoder(stage, parts), int(folder.name)
+def _read_stage(folder: epath.Path, mesh: Mesh) -> tuple[dict, epath.Path]:
+    """The parts of a stage's newest checkpoint, replicated, and its folder."""
+    found = newest_step_folder(folder)
+    if found is None:
+        raise CheckpointError(f"{folder}: holds no complete checkpoint; remove it, or give another run")
+    return read_arrays(found, _PARTS, replicated(mesh)), found
+
+
+def evaluated_weights(run: Run) -> dict[str, tuple[dict, int]]:
+    """Stage -> (encoder parameters, updates) of every complete stage there is to evaluate.
+
+    A run that started from an earlier one is compared with that one's pre-training.
+    """
+    folders = {stage: run.workdir / stage for stage in evaluate.EVALUATED}
+    earlier = epath.Path(run.config.init_from or ".")
+    if run.config.init_from and not (folders["pretrain"] / "DONE.json").exists():
+        folders["pretrain"] = earlier if earlier.name == "pretrain" else earlier / "pretrain"
+    weights = {}
+    for stage, folder in folders.items():
+        if (folder / "DONE.json").exists():
+            parts, found = _read_stage(folder, run.mesh)
+            weights[stage] = _evaluated_encoder(parts), int(found.name)
+    return weights
 
 
 def stage_sources(run: Run, stage: str, wanted: dict) -> dict:
@@ -198,21 +207,16 @@ def stage_sources(run: Run, stage: str, wanted: dict) -> dict:
             f"config.stages: '{stage}' starts from the stage '{before}', which is not complete in {run.workdir}; add "
             "it to config.stages, or give the folder of a run that has it as --config.init_from"
         )
-    found = newest_step_folder(folder)
-    if found is None:
-        raise CheckpointError(f"{folder}: holds no complete checkpoint; give another folder as --config.init_from")
-    parts = read_arrays(found, _PARTS, replicated(run.mesh))
-    source_stage = folder.name
-    if stage == "tune" and source_stage != "head":
-        raise ConfigError(
-            f"config.init_from: 'tune' starts from a stage 'head', not '{source_stage}'; add 'head' to config.stages"
-        )
-    sources = {"encoder": _evaluated_encoder(source_stage, parts)}
+    parts, found = _read_stage(folder, run.mesh)
+    sources = {"encoder": _evaluated_encoder(parts)}
     if stage in ("pretrain", "control") and "decoder" in parts["params"]:
         sources["decoder"] = parts["params"]["decoder"]
     if stage == "tune":
+        if not parts["queue"]:
+            raise ConfigError(f"config.init_from: {folder} has no head to tune with; add 'head' to config.stages")
         sources |= {name: parts[name] for name in ("params", "batch_stats", "queue")}
-    compare_trees(sources, wanted, str(found))
+        sources["params"] = {name: parts["params"][name] for name in ("projector", "predictor")}
+    compare_trees(sources, {name: wanted[name] for name in sources}, str(found))
     return sources
 
 

@@ -1,8 +1,7 @@
 """Is the representation alive? Figures that fall when embeddings collapse, cheap enough to log with the loss.
 
 All functions take a global array [batch, width], possibly split by rows over devices, and return float32 scalars on
-the device; a non-finite embedding gives a non-finite figure, never an error. Which values alarm: spec/evaluation.md,
-section 12.
+the device; a non-finite embedding gives a non-finite figure, never an error.
 """
 
 import jax

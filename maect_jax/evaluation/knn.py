@@ -1,6 +1,6 @@
 """Weighted nearest-neighbour classification of cached features.
 
-Algorithm (as in MAE-CT, Lehner et al. 2023): optional standardisation by the train rows, rows of unit length, the k most
+As in MAE-CT (Lehner et al. 2023): optional standardisation by the train rows, rows of unit length, the k most
 similar of the whole bank vote for their class with weight exp(similarity / temperature).
 
 The bank lies split by rows over the devices; queries pass in chunks of one static shape, so that neither the whole

@@ -1,8 +1,8 @@
 """The 'maect-linear' probe on cached features: one linear layer a base rate, all of them trained in one pass.
 
-Recipe (MAE-CT, Lehner et al. 2023, released probe): batch normalisation without affine, then linear heads; SGD with momentum; the
-rate rises linearly from exactly 0 over the first tenth of the updates, then falls along a cosine to exactly 0. The
-heads see the same batches and share the running statistics; nothing else connects them.
+Recipe of MAE-CT's released probe (Lehner et al. 2023): batch normalisation without affine, then linear heads; SGD with
+momentum; the rate rises linearly from exactly 0 over the first tenth of the updates, then falls along a cosine to
+exactly 0. The heads see the same batches and share the running statistics; nothing else connects them.
 
 Head and epoch are chosen on a tenth of the train rows that no head is trained on. The published protocol chooses them
 on the reported split itself; that number stands beside ours, under its own name.
