@@ -18,10 +18,12 @@ class BatchNorm(nn.Module):
 
     Attributes:
       affine: learn a scale and a bias.
+      fixed_bias: the bias is a parameter, but no gradient reaches it.
       epsilon, momentum: momentum .9 keeps nine tenths of the running statistics (PyTorch calls this .1).
     """
 
     affine: bool = True
+    fixed_bias: bool = False
     epsilon: float = 1e-5
     momentum: float = 0.9
 
@@ -42,7 +44,9 @@ class BatchNorm(nn.Module):
             mean, var = mean_var.value, var_var.value
         y = (x - mean) * jax.lax.rsqrt(var + self.epsilon)
         if self.affine:
-            y = y * self.param("scale", nn.initializers.ones, (d,)) + self.param("bias", nn.initializers.zeros, (d,))
+            bias = self.param("bias", nn.initializers.zeros, (d,))
+            y = y * self.param("scale", nn.initializers.ones, (d,))
+            y = y + (jax.lax.stop_gradient(bias) if self.fixed_bias else bias)
         return y.astype(x_bd.dtype)
 
 
@@ -54,6 +58,10 @@ def _linear(features: int, dtype: Dtype, name: str) -> nn.Dense:
 
 class Projector(nn.Module):
     """Three linear maps, each followed by batch normalisation, ReLU between them.
+
+    The last bias has a gradient of exactly zero, because the predictor's batch normalisation takes every constant away.
+    In float32 a rounding error would be left, which Adam turns into steps of full length, other ones on other numbers
+    of devices; so it is held.
 
     Attributes:
       hidden, out: 2048 and 256 in the paper.
@@ -70,7 +78,7 @@ class Projector(nn.Module):
         for layer in (0, 1):
             x = _linear(self.hidden, self.dtype, f"linear{layer}")(x)
             x = nn.relu(BatchNorm(name=f"bn{layer}")(x, train))
-        return BatchNorm(name="bn2")(_linear(self.out, self.dtype, "linear2")(x), train)
+        return BatchNorm(fixed_bias=True, name="bn2")(_linear(self.out, self.dtype, "linear2")(x), train)
 
 
 class Predictor(nn.Module):

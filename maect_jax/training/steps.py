@@ -64,7 +64,7 @@ def _apply_gradients(
     factor = clock.factor(state.step)
     params, moments = optimizer.update(gradients, state.moments, state.params, peaks, decays, factor)
     learning_rate = factor * max(group.peak for group in groups.values())
-    return params, moments, {"gradient_norm": optax.global_norm(gradients), "learning_rate": learning_rate}
+    return params, moments, {"gradient_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
 
 
 def _finish(old: TrainState, new: TrainState, metrics: dict) -> tuple[TrainState, dict]:

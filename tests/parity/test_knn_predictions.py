@@ -2,13 +2,13 @@
 
 import dataclasses
 
+import golden
 import jax
 import numpy as np
 import pytest
 
 from maect_jax.evaluation import knn
 from maect_jax.parallel.mesh import make_mesh
-from tests import golden
 
 
 @pytest.mark.parametrize("devices", [1, 8])

@@ -1,12 +1,12 @@
 """The linear probe against a recorded trace of twenty updates in PyTorch, and the recorded schedule."""
 
+import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from maect_jax.evaluation import linear
-from tests import golden
 
 
 @pytest.fixture(scope="module")
