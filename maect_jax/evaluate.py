@@ -109,25 +109,32 @@ def save_reconstructions(run: Run, params: dict) -> None:
 def evaluate_run(run: Run, weights: dict[str, tuple[dict, int]]) -> None:
     """Runs every protocol on every set of weights; adds to `results.jsonl` and writes the neighbours' pictures.
 
+    Without labelled pictures to test on there are no numbers, and the queries are training pictures.
+
     Args:
       weights: stage -> (encoder parameters, updates of the stage).
     """
-    if not can_evaluate(run):
-        run.say("evaluate: nothing to evaluate without labelled training and test pictures")
-        return
+    labelled = can_evaluate(run)
+    if not labelled:
+        run.say("evaluate: pictures of neighbours only; numbers need labelled training and test pictures")
+    run.logbook.start_stage("evaluate", 0)
     extractor = _extractor(run)
-    train, test = _batches(run, run.train), _batches(run, run.test)
+    train = _batches(run, run.train)
+    test = _batches(run, run.test) if labelled else None
     for stage, (encoder, step) in weights.items():
 
         def check(stage=stage) -> None:
             run.stop.raise_if_requested(f"while evaluating '{stage}'; what is evaluated already is in results.jsonl")
 
-        bank, query = (extract(extractor, encoder, batches, check) for batches in (train, test))
+        bank = extract(extractor, encoder, train, check)
+        query = extract(extractor, encoder, test, check) if labelled else bank
         identity = {"stage": stage, "weights": weights_hash(encoder), "step": step, "seed": run.config.seed}
-        results = _knn_results(run, bank, query, identity) + _linear_results(run, bank, query, identity)
+        results = []
+        if labelled:
+            results = _knn_results(run, bank, query, identity) + _linear_results(run, bank, query, identity)
         if run.leader:
             write_results(run.workdir / "results.jsonl", results)
-            _save_neighbors(run, stage, bank, query)
+            _save_neighbors(run, stage, bank, query, run.test if labelled else run.train)
         for result in results:
             run.say(f"evaluate {stage:9} {result.protocol['name']:24} {result.metric} {100 * result.value:.1f} %")
 
@@ -189,12 +196,18 @@ def _linear_results(run: Run, bank: Features, query: Features, identity: dict) -
     ]
 
 
-def _save_neighbors(run: Run, stage: str, bank: Features, query: Features) -> None:
-    """Writes `figures/neighbors_<stage>.npz`: the same queries for every stage, their nearest training pictures."""
-    chosen = choose_queries(query.labels, QUERIES)
-    k = min(SHOWN, len(bank.labels))
-    similarity, index = knn.neighbors(run.mesh, bank.vectors, query.vectors[chosen], k)
+def _save_neighbors(run: Run, stage: str, bank: Features, query: Features, asked: Source) -> None:
+    """Writes `figures/neighbors_<stage>.npz`: the same queries for every stage, their nearest training pictures.
 
+    `asked` holds the queries; when it is the training set itself, a query's own picture is not its neighbour.
+    """
+    chosen = choose_queries(query.labels, QUERIES)
+    own = asked is run.train
+    k = min(SHOWN + own, len(bank.labels))
+    similarity, index = knn.neighbors(run.mesh, bank.vectors, query.vectors[chosen], k)
+    if own:
+        kept = np.argsort(bank.ids[index] == query.ids[chosen][:, None], axis=1, kind="stable")[:, : k - 1]
+        similarity, index = np.take_along_axis(similarity, kept, 1), np.take_along_axis(index, kept, 1)
     size, ratio = run.config.model.image_size, run.config.data.resize_ratio
 
     def pictures(source: Source, ids: np.ndarray) -> np.ndarray:
@@ -202,16 +215,15 @@ def _save_neighbors(run: Run, stage: str, bank: Features, query: Features) -> No
         return shown.reshape(*ids.shape, *shown.shape[1:])
 
     arrays = {
-        "query": pictures(run.test, query.ids[chosen]),
+        "query": pictures(asked, query.ids[chosen]),
         "neighbor": pictures(run.train, bank.ids[index]),
         "query_label": query.labels[chosen],
         "neighbor_label": bank.labels[index],
         "similarity": similarity,
-        "classes": np.asarray(run.train.classes),
+        "classes": np.asarray(run.train.classes, dtype=str),
     }
     _save(run.workdir / "figures" / f"neighbors_{stage}.npz", arrays)
     grid = neighbor_grid(*(arrays[name] for name in ("query", "neighbor", "query_label", "neighbor_label")))
-    run.logbook.start_stage("evaluate", 0)
     run.logbook.picture(f"neighbors/{stage}", grid, 0)
 
 

@@ -148,7 +148,8 @@ def neighbor_grid(
 
     Returns:
       uint8 [H, W, 3]: each picture whole, in a frame of `FRAME` pixels, `SAME_CLASS` around a neighbour whose label is
-      the query's, `OTHER_CLASS` around any other, `BACKGROUND` around the query; `GAP` pixels between and around.
+      the query's, `OTHER_CLASS` around any other, `BACKGROUND` around the query and around all neighbours of a query
+      without a label (-1); `GAP` pixels between and around.
 
     Raises:
       ValueError: the shapes do not belong together; the message names them.
@@ -156,7 +157,7 @@ def neighbor_grid(
     check_neighbors(query, neighbor, query_label, neighbor_label)
     rows = [[_framed(resize(picture, min_side), BACKGROUND)] for picture in query]
     for (i, j), label in np.ndenumerate(neighbor_label):
-        color = SAME_CLASS if label == query_label[i] else OTHER_CLASS
+        color = BACKGROUND if query_label[i] < 0 else SAME_CLASS if label == query_label[i] else OTHER_CLASS
         rows[i].append(_framed(resize(neighbor[i, j], min_side), color))
     return _tiles(rows)
 

@@ -272,17 +272,22 @@ def _strip(query, neighbor, query_label, neighbor_label, similarity, classes) ->
     """What is shown of one file of neighbours: the first queries, and for each a row of neighbours."""
     figures.check_neighbors(query, neighbor, query_label, neighbor_label)
     same_qk = (neighbor_label == query_label[:, None])[:MAX_QUERIES]
+    labelled = bool((query_label >= 0).all())
     rows: list[list[dict[str, Any]]] = [[] for _ in same_qk]
     for (i, j), same in np.ndenumerate(same_qk):
         text = {"label": _class(classes, neighbor_label[i, j]), "similarity": f"{similarity[i, j]:.2f}"}
-        rows[i].append(_image(neighbor[i, j], 80) | text | {"same": bool(same)})
+        frame = ("same" if same else "other") if labelled else "plain"
+        rows[i].append(_image(neighbor[i, j], 80) | text | {"frame": frame})
     queries = [_image(query[i], 96) | {"label": _class(classes, query_label[i])} for i in range(len(rows))]
     right_q = [int(right) for right in same_qk.sum(1)]
-    return {"queries": queries, "count": len(query), "rows": rows, "right": right_q, "total": same_qk.size}
+    found = {"queries": queries, "count": len(query), "rows": rows, "labelled": labelled}
+    return found | {"right": right_q, "total": same_qk.size}
 
 
 def _class(classes: np.ndarray, label: int) -> str:
-    return str(classes[label]) if classes.ndim == 1 and 0 <= label < len(classes) else f"class {label}"
+    if label < 0:
+        return "no label"
+    return str(classes[label]) if classes.ndim == 1 and label < len(classes) else f"class {label}"
 
 
 def _triplets(*parts: np.ndarray) -> dict[str, Any]:

@@ -371,3 +371,17 @@ def test_curve_is_deterministic_takes_no_text_for_markup_and_bounds_its_size():
     assert svg == figures.curve(series, "A <i> & $\\frac", "x", "y")
     assert svg.startswith("<svg") and "_&lt;b&gt;$x^</text>" in svg and "<i>" not in svg and "<b>" not in svg
     assert len(svg) < 60_000 and "date" not in svg.lower() and "currentColor" in svg
+
+
+def test_neighbors_without_labels_are_neither_right_nor_wrong(tmp_path):
+    for stage, seed in (("pretrain", 1), ("tune", 2)):
+        path = tmp_path / "figures" / f"neighbors_{stage}.npz"
+        path.parent.mkdir(exist_ok=True)
+        make_neighbors(path, share=0.5, seed=seed)
+        with np.load(path) as file:
+            arrays = dict(file)
+        unlabelled = {name: np.full_like(arrays[name], -1) for name in ("query_label", "neighbor_label")}
+        np.savez(path, **arrays | unlabelled | {"classes": np.array([], dtype=str)})
+    text = write_report(tmp_path).read_text()
+    assert "They have no labels." in text and 'class="plain' in text
+    assert 'class="same' not in text and 'class="other' not in text and "of the query's own class" not in text
