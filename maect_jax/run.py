@@ -118,7 +118,7 @@ def run(config: ConfigDict, workdir: str) -> epath.Path:
     if not leader:
         return root / "report.html"
     report = write_report(root)
-    print(f"report: {report}", flush=True)
+    print(report, flush=True)
     return report
 
 

@@ -1,4 +1,4 @@
-"""Kinds of data a user may have: unlabelled, of mixed sizes (streamed), grey; and accumulation with fsdp and a control."""
+"""Data a user may have: unlabelled, of mixed sizes (streamed), grey; accumulation with fsdp and a control beside it."""
 
 import shutil
 

@@ -20,7 +20,7 @@ def uninterrupted(tmp_path_factory, pictures) -> Path:
     workdir = tmp_path_factory.mktemp("uninterrupted")
     done = launch(workdir, f"--config.data.train={pictures}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"report: {workdir / 'report.html'}"
+    assert done.stdout.splitlines()[-1] == str(workdir / "report.html")
     return workdir
 
 
