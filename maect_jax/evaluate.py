@@ -1,15 +1,13 @@
 """What a run evaluates and when: cheap k-NN while it trains, every protocol and the pictures at its end."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from etils import epath
 
 from maect_jax import assemble
+from maect_jax.context import Run
 from maect_jax.data.decode import central_crop
 from maect_jax.data.pipeline import EvaluationBatches, evaluation_batches
 from maect_jax.data.sources import Source
@@ -21,9 +19,6 @@ from maect_jax.models.vit import join_blocks
 from maect_jax.parallel.mesh import batch_sharding
 from maect_jax.report.figures import neighbor_grid, reconstruction_grid
 from maect_jax.training.state import TrainState
-
-if TYPE_CHECKING:
-    from maect_jax.stages import Run
 
 EVALUATED = ("pretrain", "control", "tune")
 RECONSTRUCTIONS, QUERIES, SHOWN = 12, 12, 6

@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 import maect_jax
 from maect_jax import config as settings
 from maect_jax import config_checks
+from maect_jax.context import Run
 from maect_jax.data.sources import Source, open_source
 from maect_jax.errors import ConfigError, DataError, MaectError
 from maect_jax.parallel.mesh import make_mesh
 from maect_jax.report.html import write_report
-from maect_jax.stages import Run, run_stages
+from maect_jax.stages import run_stages
 from maect_jax.training.checkpoint import write_json
 from maect_jax.training.logbook import Logbook
 from maect_jax.training.stop import StopRequest

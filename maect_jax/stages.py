@@ -6,57 +6,26 @@ before it in this work folder, the run given as `init_from`, fresh weights (pre-
 """
 
 import time
-from dataclasses import dataclass
 
 import jax
 from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from maect_jax import assemble, evaluate
 from maect_jax.config import TRAINED, updates_of
+from maect_jax.context import Run
 from maect_jax.data.pipeline import training_batches
-from maect_jax.data.sources import Source
 from maect_jax.errors import CheckpointError, ConfigError
 from maect_jax.evaluation.health import health
 from maect_jax.evaluation.records import weights_hash
 from maect_jax.models.vit import join_blocks
 from maect_jax.parallel.mesh import batch_sharding, replicated
 from maect_jax.training.checkpoint import Checkpoints, compare_trees, newest_step_folder, read_arrays, write_json
-from maect_jax.training.logbook import Logbook
 from maect_jax.training.loop import Stage, train
 from maect_jax.training.progress import StageProgress
-from maect_jax.training.stop import StopRequest
 
 BEFORE = {"control": "pretrain", "head": "pretrain", "tune": "head"}
-
-
-@dataclass
-class Run:
-    """Everything the stages of one run share.
-
-    Attributes:
-      config: derived settings.
-      workdir: the run's folder.
-      mesh: devices.
-      train, test: pictures; `test` may be None, then nothing is evaluated.
-      logbook, stop: see their classes.
-      leader: this process prints and writes.
-    """
-
-    config: ConfigDict
-    workdir: epath.Path
-    mesh: Mesh
-    train: Source
-    test: Source | None
-    logbook: Logbook
-    stop: StopRequest
-    leader: bool
-
-    def say(self, text: str) -> None:
-        if self.leader:
-            print(text, flush=True)
 
 
 def run_stages(run: Run) -> None:
