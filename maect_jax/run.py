@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import logging
 import os
 import platform
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import jax
 import yaml
-from absl import logging
+from absl import logging as absl_logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -33,7 +34,8 @@ FREE_TO_CHANGE = ("stages", "init_from", "log_every", "checkpoint.", "evaluate."
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    logging.set_verbosity(logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.ERROR)  # what Orbax, TFDS and Grain tell their developers
+    logging.getLogger("maect_jax").handlers[:] = [logging.StreamHandler()]  # what this program tells its users
     try:
         config_path, workdir, overrides = parse(arguments)
         config = settings.load(config_path, overrides)

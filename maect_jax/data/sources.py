@@ -5,15 +5,17 @@ the support queue and the evaluators know a picture by it.
 """
 
 import difflib
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from absl import logging
 
 from maect_jax.data import decode
 from maect_jax.errors import DataError
+
+_LOG = logging.getLogger(__name__)
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
@@ -202,7 +204,7 @@ def _open_folder(name, folder: Path, split, channels, classes, key) -> FolderSou
             raise DataError(f"{key}: {str(root)!r} holds pictures but no class folders; sort them into <class>/")
         return FolderSource(name, root, loose, np.full(len(loose), -1), (), channels)
     if loose:
-        logging.warning("%s: %d pictures beside the class folders of %s are left out", key, len(loose), root)
+        _LOG.warning("%s: %d pictures beside the class folders of %s are left out", key, len(loose), root)
 
     if split == "train":
         classes = tuple(found)

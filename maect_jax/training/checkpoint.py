@@ -5,16 +5,18 @@ one that can not be read gives way to the one before it.
 """
 
 import json
+import logging
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from flax.serialization import from_state_dict, to_state_dict
 
 from maect_jax.errors import CheckpointError
+
+_LOG = logging.getLogger(__name__)
 
 SCHEMA = 1
 
@@ -77,7 +79,7 @@ class Checkpoints:
                 raise
             except Exception as error:  # whatever a damaged file makes of itself: try the one before
                 failures.append(f"{self.folder}/{step}: {str(error).splitlines()[0] if str(error) else error!r}")
-                logging.warning("checkpoint %s can not be read; trying the one before", failures[-1])
+                _LOG.warning("checkpoint %s can not be read; trying the one before", failures[-1])
         if failures:
             raise CheckpointError(
                 "no checkpoint of this stage can be read:\n  " + "\n  ".join(failures) + "\nRestore the folder from a "

@@ -4,13 +4,15 @@ A logger that fails (a full disk, a folder that is gone) says so once and never 
 """
 
 import json
+import logging
 import math
 import time
 
 import numpy as np
-from absl import logging
 from etils import epath
 from tensorboardX import SummaryWriter
+
+_LOG = logging.getLogger(__name__)
 
 
 class Logbook:
@@ -77,7 +79,7 @@ class Logbook:
             action()
         except Exception as error:  # a sink is never worth the run
             if what not in self._failed:
-                logging.warning("%s can not be written (%s); training goes on without it", what, error)
+                _LOG.warning("%s can not be written (%s); training goes on without it", what, error)
             self._failed.add(what)
 
 

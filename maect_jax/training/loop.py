@@ -5,6 +5,7 @@ updates write them · every `monitor_every` updates evaluate · every `save_ever
 the step it has just dispatched.
 """
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -13,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from maect_jax.errors import NumericsError
 from maect_jax.training.checkpoint import Checkpoints, write_json
@@ -21,6 +21,8 @@ from maect_jax.training.logbook import Logbook
 from maect_jax.training.progress import StageProgress
 from maect_jax.training.state import TrainState
 from maect_jax.training.stop import StopRequest
+
+_LOG = logging.getLogger(__name__)
 
 READ_LATE = 2  # steps between dispatching a step and reading its metrics
 MAX_BAD_IN_A_ROW = 3
@@ -175,7 +177,7 @@ class _Meter:
 
     def _watch(self, step: int, ids: jax.Array, values: dict) -> None:
         if self._skipped is not None and values["skipped"] > self._skipped:
-            logging.warning("%s: update %d was not finite and is skipped", self._stage.name, step)
+            _LOG.warning("%s: update %d was not finite and is skipped", self._stage.name, step)
         self._skipped = values["skipped"]
         if not values["skipped_in_a_row"]:
             self._bad.clear()
