@@ -13,9 +13,13 @@ import sys
 
 def main() -> int:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads spin against XLA's: small SVDs take 100 x as long
-    from maect_jax import run  # after that line, which NumPy reads when it loads
+    try:
+        from maect_jax import run  # after that line, which NumPy reads when it loads
 
-    return run.main(sys.argv[1:])
+        return run.main(sys.argv[1:])
+    except KeyboardInterrupt:  # while modules load; later `training.stop` takes care
+        print("stopped: SIGINT before anything was trained", file=sys.stderr)
+        return 6
 
 
 if __name__ == "__main__":

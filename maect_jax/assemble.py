@@ -13,7 +13,7 @@ from maect_jax.data.augment import make_views
 from maect_jax.models.mae import Decoder, MaskedAutoencoder
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.vit import ViT, split_blocks
-from maect_jax.neighbors.queue import SupportQueue, oldest_first
+from maect_jax.neighbors.queue import SupportQueue, align
 from maect_jax.parallel.mesh import batch_sharding, replicated, state_sharding
 from maect_jax.randomness import purpose_key, stage_seed
 from maect_jax.training import flops
@@ -186,7 +186,7 @@ def _tune(config: ConfigDict, stage: str, section: ConfigDict, clock: Clock, mes
             frozen={"encoder": frozen},
             batch_stats=stats,
             target={"params": _copy(head["projector"]), "batch_stats": _copy(stats["projector"])},
-            queue=oldest_first(SupportQueue(**sources["queue"])),
+            queue=align(SupportQueue(**sources["queue"]), section.batch),
             ema={"encoder": _copy(trained)},
         )
 

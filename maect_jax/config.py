@@ -7,6 +7,7 @@ None means "derived from the size of the training set" (see `derive`); paper rec
 
 import difflib
 import importlib.util
+import traceback
 from pathlib import Path
 
 import yaml
@@ -138,8 +139,15 @@ def load(path_and_variant: str, overrides: dict[str, str]) -> ConfigDict:
         raise ConfigError(f"--config: no file '{path}'{hint}")
     spec = importlib.util.spec_from_file_location("recipe", path)
     recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    config = recipe.get_config(variant)
+    try:
+        spec.loader.exec_module(recipe)
+        config = recipe.get_config(variant)
+    except ConfigError:
+        raise
+    except Exception as error:  # a recipe is a program of the user's: say where it went wrong
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{line.filename}:{line.lineno}"
+        raise ConfigError(f"--config: '{path}' fails with {type(error).__name__} at {where}: {error}") from error
     if problems := unknown_keys(config) + apply_overrides(config, overrides):
         raise ConfigError(problems)
     return config
@@ -187,30 +195,29 @@ def apply_overrides(config: ConfigDict, overrides: dict[str, str]) -> list[str]:
         section = config
         for folder in folders:
             section = section[folder]
-        wanted = section.get_type(name)
-        try:
-            value = yaml.safe_load(text) if wanted is not str else text
-        except yaml.YAMLError:
-            value = text
-        if wanted is float and isinstance(value, str):  # YAML reads 1e-3 as text
-            value = _number(value)
-        if wanted is tuple and isinstance(value, str):  # 'head,tune' is as good as '[head, tune]'
-            value = value.split(",")
-        if wanted is tuple and isinstance(value, list):
-            value = tuple(v.strip() if isinstance(v, str) else v for v in value)
-        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not wanted:
-            problems.append(f"config.{key}: '{text}' is not a {wanted.__name__}; for instance {section[name]!r}")
-            continue
-        section[name] = value
+        wanted, old = section.get_type(name), section[name]
+        if wanted is tuple:  # 'head,tune' is as good as '[head, tune]'
+            parts = text.strip().removeprefix("[").removesuffix("]").split(",")
+            value = tuple(_parsed(part.strip(), type(old[0])) for part in parts)
+            good = all(type(part) is type(old[0]) for part in value)
+        else:
+            value = _parsed(text, wanted)
+            good = type(value) is wanted
+        if good:
+            section[name] = value
+        else:
+            example = f"; for instance {old!r}" if old is not None else ""
+            problems.append(f"config.{key}: '{text}' is not a {wanted.__name__}{example}")
     return problems
 
 
-def _number(text: str):
+def _parsed(text: str, wanted: type):
+    """The text as a value of the wanted type where it is one, else as whatever YAML makes of it."""
+    if wanted is str:
+        return text
     try:
-        return float(text)
-    except ValueError:
+        return float(text) if wanted is float else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
         return text
 
 

@@ -1,6 +1,7 @@
 """Which settings can not work, and how to mend them; every problem is found before any device is touched."""
 
 import difflib
+import math
 
 from ml_collections import ConfigDict
 
@@ -18,14 +19,20 @@ def check(config: ConfigDict) -> list[str]:
             problems.append(f"config.{key} = {flatten(config)[key]!r}: {why}")
 
     model, decoder = config.model, config.model.decoder
-    for key in ("width", "depth", "heads", "patch", "image_size", "channels"):
-        need(model[key] >= 1, f"model.{key}", "must be at least 1")
-        if model[key] < 1:
-            return problems
+    for key, value in flatten(config).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        need(all(math.isfinite(n) for n in numbers if isinstance(n, float)), key, "must be a finite number")
+        if key.startswith("model.") and type(value) is int:
+            need(value >= 1, key, "must be at least 1")
+    for key in ("data.workers", "data.resident_gib", "evaluate.every_epochs", "checkpoint.keep_every", "seed"):
+        need(flatten(config)[key] >= 0, key, "must not be negative")
+    need(config.evaluate.online_limit >= 10, "evaluate.online_limit", "must be at least 10, the neighbours that vote")
+    if problems:
+        return problems
     need(model.image_size % model.patch == 0, "model.image_size", f"must be a multiple of model.patch = {model.patch}")
     for prefix, part in (("model", model), ("model.decoder", decoder)):
         need(part.width % 4 == 0, f"{prefix}.width", "must be a multiple of 4 (position table)")
-        need(part.width % max(part.heads, 1) == 0, f"{prefix}.width", f"must be a multiple of heads = {part.heads}")
+        need(part.width % part.heads == 0, f"{prefix}.width", f"must be a multiple of heads = {part.heads}")
     need(model.pooling in ("cls", "mean"), "model.pooling", "must be 'cls' or 'mean'")
     need(model.dtype in ("bfloat16", "float32"), "model.dtype", "must be 'bfloat16' or 'float32'")
     need(bool(config.data.train), "data.train", "give 'digits', a folder of pictures, or a TFDS name")
@@ -62,7 +69,6 @@ def check(config: ConfigDict) -> list[str]:
         "evaluate.batch",
         "evaluate.probe_epochs",
         "evaluate.probe_batch",
-        "evaluate.online_limit",
         "mesh.fsdp",
     ):
         need(flatten(config)[key] >= 1, key, "must be at least 1")

@@ -94,11 +94,11 @@ def _reconstructions(run: Run, params: dict) -> dict[str, np.ndarray]:
     )
 
 
-def save_reconstructions(run: Run, params: dict) -> None:
+def save_reconstructions(run: Run, params: dict, step: int) -> None:
     """Writes `figures/reconstruction.npz` for the report, and the same picture to TensorBoard."""
     pictures = _reconstructions(run, params)
     _save(run.workdir / "figures" / "reconstruction.npz", pictures)
-    run.logbook.picture("reconstruction", reconstruction_grid(**pictures), run.config.pretrain.epochs)
+    run.logbook.picture("reconstruction", reconstruction_grid(**pictures), step)
 
 
 def evaluate_run(run: Run, weights: dict[str, tuple[dict, int]]) -> None:
@@ -126,7 +126,8 @@ def evaluate_run(run: Run, weights: dict[str, tuple[dict, int]]) -> None:
         identity = {"stage": stage, "weights": weights_hash(encoder), "step": step, "seed": run.config.seed}
         results = []
         if labelled:
-            results = _knn_results(run, bank, query, identity) + _linear_results(run, bank, query, identity)
+            results = _knn_results(run, bank, query, identity) + _linear_results(run, bank, query, identity, check)
+            check()
         if run.leader:
             write_results(run.workdir / "results.jsonl", results)
             _save_neighbors(run, stage, bank, query, run.test if labelled else run.train)
@@ -167,7 +168,9 @@ def _knn_results(run: Run, bank: Features, query: Features, identity: dict) -> l
     ]
 
 
-def _linear_results(run: Run, bank: Features, query: Features, identity: dict) -> list[Result]:
+def _linear_results(
+    run: Run, bank: Features, query: Features, identity: dict, check: Callable[[], None]
+) -> list[Result]:
     """The probe's number, and the one chosen on the test pictures, as published, under a name of its own."""
     found = linear.evaluate_linear(
         bank.vectors,
@@ -179,6 +182,7 @@ def _linear_results(run: Run, bank: Features, query: Features, identity: dict) -
         batch=run.config.evaluate.probe_batch,
         seed=run.config.seed,
         mesh=run.mesh,
+        check=check,
     )
     common = found.protocol | _protocol(run, bank, query)
     chosen = {"name": linear.PRESET, "base_rate": found.base_rate, "epoch": found.epoch}

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -22,20 +23,22 @@ from maect_jax.data.sources import Source, open_source
 from maect_jax.errors import ConfigError, DataError, MaectError
 from maect_jax.parallel.mesh import make_mesh
 from maect_jax.report.html import write_report
-from maect_jax.stages import run_stages
-from maect_jax.training.checkpoint import write_json
+from maect_jax.stages import check_order, run_stages
+from maect_jax.training.checkpoint import newest_step_folder, write_json
 from maect_jax.training.logbook import Logbook
 from maect_jax.training.stop import StopRequest
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
 # Settings that may differ when a work folder is continued: they do not change what is learned.
 FREE_TO_CHANGE = ("stages", "init_from", "log_every", "checkpoint.", "evaluate.", "data.workers", "data.resident_gib")
+FREE_TO_CHANGE += ("mesh.", "model.remat")
 
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
     absl_logging.set_verbosity(absl_logging.ERROR)  # what Orbax, TFDS and Grain tell their developers
     logging.getLogger("maect_jax").handlers[:] = [logging.StreamHandler()]  # what this program tells its users
+    logging.getLogger("maect_jax").propagate = False
     try:
         config_path, workdir, overrides = parse(arguments)
         config = settings.load(config_path, overrides)
@@ -69,7 +72,10 @@ def parse(arguments: list[str]) -> tuple[str, str, dict[str, str]]:
     )
     parser.add_argument("--config")
     parser.add_argument("--workdir")
-    known, rest = parser.parse_known_args(arguments)
+    try:
+        known, rest = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error)) from None
     problems, overrides = [], {}
     while rest:
         text = rest.pop(0)
@@ -93,14 +99,21 @@ def run(config: ConfigDict, workdir: str) -> epath.Path:
     Raises:
       MaectError: everything a user can mend or must know.
     """
-    root = epath.Path(workdir)
+    with StopRequest() as stop:
+        return _run(config, epath.Path(workdir), stop)
+
+
+def _run(config: ConfigDict, root: epath.Path, stop: StopRequest) -> epath.Path:
+    if root.exists() and not root.is_dir():
+        raise ConfigError(f"--workdir: '{root}' is a file; give a folder")
     train, test = open_data(config)
     settings.derive(config, len(train))
-    problems = config_checks.check(config)
-    if not problems:
-        problems = compare_with_earlier(config, root)
-    if problems:
+    if problems := config_checks.check(config) or check_order(config, root):
         raise ConfigError(problems)
+    data = {"train": train.digest(), "test": test.digest() if test else "none"}
+    if has_begun(root):
+        compare_with_earlier(config, data, root)
+    stop.raise_if_requested("before anything was trained")
     _use_compilation_cache()
     if problems := config_checks.check_devices(config, jax.device_count()):
         raise ConfigError(problems)
@@ -111,13 +124,13 @@ def run(config: ConfigDict, workdir: str) -> epath.Path:
     if leader:
         _write(root / "config.resolved.yaml", yaml.safe_dump(settings.plain(config), sort_keys=False))
         write_json(root / "environment.json", environment())
+        write_json(root / "data.json", data)
     mesh = make_mesh(config.mesh.fsdp)
     logbook = Logbook(root, write=leader)
-    with StopRequest() as stop:
-        try:
-            run_stages(Run(config, root, mesh, train, test, logbook, stop, leader))
-        finally:
-            logbook.close()
+    try:
+        run_stages(Run(config, root, mesh, train, test, logbook, stop, leader))
+    finally:
+        logbook.close()
     if not leader:
         return root / "report.html"
     report = write_report(root)
@@ -133,37 +146,51 @@ def open_data(config: ConfigDict) -> tuple[Source, Source | None]:
     """
     channels = config.model.channels
     train = open_source(config.data.train, "train", channels=channels)
-    for stage in config.stages:
-        if stage in settings.TRAINED:
-            section = "pretrain" if stage == "control" else stage
-            if (batch := config[section].batch) > len(train):
-                raise DataError(
-                    f"data.train: '{config.data.train}' has {len(train)} pictures, fewer than one batch; set "
-                    f"config.{section}.batch = {batch} to at most {len(train)}, or add pictures"
-                )
+    trained = [stage for stage in config.stages if stage in settings.TRAINED]
+    sections = dict.fromkeys("pretrain" if stage == "control" else stage for stage in trained)
+    too_large = [f"config.{name}.batch = {config[name].batch}" for name in sections if config[name].batch > len(train)]
+    if too_large:
+        raise DataError(
+            f"data.train: '{config.data.train}' has {len(train)} pictures, fewer than one batch; set "
+            f"{', '.join(too_large)} to at most {len(train)}, or add pictures"
+        )
     if not train.classes and not config.data.test:
         return train, None
     name = config.data.test or config.data.train
     return train, open_source(name, "test", channels=channels, classes=train.classes or None)
 
 
-def compare_with_earlier(config: ConfigDict, root: epath.Path) -> list[str]:
-    """A sentence for each setting in which the work folder's earlier run differs from this one."""
+def has_begun(root: epath.Path) -> bool:
+    """Whether a stage in the work folder has anything to lose."""
+    return any(newest_step_folder(root / stage) is not None for stage in settings.TRAINED)
+
+
+def compare_with_earlier(config: ConfigDict, data: dict, root: epath.Path) -> None:
+    """Refuses to continue a work folder with other settings or other pictures than it was begun with.
+
+    Raises:
+      ConfigError: with each setting that differs. DataError: the pictures do.
+    """
+    mend = "use another folder, or what it was begun with"
     path = root / "config.resolved.yaml"
-    if not path.exists():
-        return []
-    earlier = settings.flatten(ConfigDict(yaml.safe_load(path.read_text())))
+    earlier = settings.flatten(ConfigDict(yaml.safe_load(path.read_text()) or {})) if path.exists() else {}
     now = settings.flatten(ConfigDict(settings.plain(config)))
-    differing = [
-        key
-        for key in sorted(earlier.keys() | now.keys())
-        if earlier.get(key) != now.get(key) and not key.startswith(FREE_TO_CHANGE)
+    differing = [key for key in earlier.keys() & now.keys() if earlier[key] != now[key]]
+    problems = [
+        f"--workdir: '{root}' holds a run with config.{key} = {earlier[key]!r}, not {now[key]!r}; {mend}"
+        for key in sorted(differing)
+        if not key.startswith(FREE_TO_CHANGE)
     ]
-    return [
-        f"--workdir: '{root}' holds a run with config.{key} = {earlier.get(key)!r}, not {now.get(key)!r}; use another "
-        "folder, or the same settings"
-        for key in differing
-    ]
+    if problems:
+        raise ConfigError(problems)
+    path = root / "data.json"
+    begun_with = json.loads(path.read_text()) if path.exists() else data
+    for split in data:
+        if begun_with.get(split, data[split]) != data[split]:
+            raise DataError(
+                f"data.{split}: the run in '{root}' was begun with {begun_with[split]}, now there are {data[split]}; "
+                f"sample ids and order would change: {mend}"
+            )
 
 
 def environment() -> dict:

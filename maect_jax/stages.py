@@ -5,12 +5,14 @@ what is done and continues what is not. What a stage starts from, in this order:
 before it in this work folder, the run given as `init_from`, fresh weights (pre-training only).
 """
 
+import json
 import time
 
 import jax
 from clu import parameter_overview
 from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from maect_jax import assemble, evaluate
 from maect_jax.config import TRAINED, updates_of
@@ -32,18 +34,28 @@ def run_stages(run: Run) -> None:
     """Runs the stages of `run.config.stages` in order."""
     for stage in run.config.stages:
         run.stop.raise_if_requested(f"before stage '{stage}'")
-        done = run.workdir / stage / "DONE.json"
-        if done.exists():
+        if stage == "evaluate":
+            run_evaluation(run)
+        elif (run.workdir / stage / "DONE.json").exists():
             run.say(f"{stage}: done already")
-            continue
-        if stage in TRAINED:
-            run_training_stage(run, stage)
         else:
-            began = time.perf_counter()
-            evaluate.evaluate_run(run, evaluated_weights(run))
-            if run.leader:
-                done.parent.mkdir(parents=True, exist_ok=True)
-                write_json(done, {"stage": stage, "seconds": round(time.perf_counter() - began, 1)})
+            run_training_stage(run, stage)
+
+
+def run_evaluation(run: Run) -> None:
+    """Evaluates every complete stage, unless the same weights were evaluated with the same settings."""
+    marker = run.workdir / "evaluate" / "DONE.json"
+    folders = evaluated_folders(run)
+    settings = {key: run.config.evaluate[key] for key in ("probe_epochs", "probe_batch")}
+    what = {"weights": {stage: _done(folder)["weights"] for stage, folder in folders.items()}, "settings": settings}
+    if marker.exists() and {key: _done(marker.parent).get(key) for key in what} == what:
+        run.say("evaluate: done already")
+        return
+    began = time.perf_counter()
+    evaluate.evaluate_run(run, {stage: _evaluated(folder, run.mesh) for stage, folder in folders.items()})
+    if run.leader:
+        seconds = round(time.perf_counter() - began, 1)
+        write_json(marker, {"stage": "evaluate", "seconds": seconds} | what)
 
 
 def run_training_stage(run: Run, stage: str) -> None:
@@ -100,7 +112,7 @@ def run_training_stage(run: Run, stage: str) -> None:
         batches.close()
         checkpoints.close()
     if stage == "pretrain" and run.leader:
-        evaluate.save_reconstructions(run, state.params)
+        evaluate.save_reconstructions(run, state.params, int(state.step))
     if run.leader:
         done = {"stage": stage, "step": int(state.step), "seconds": round(seconds, 1)}
         write_json(folder / "DONE.json", done | {"weights": weights_hash(_evaluated_encoder(_parts(state)))})
@@ -133,16 +145,35 @@ def _evaluated_encoder(parts: dict) -> dict:
     return (parts["frozen"] or parts["params"])["encoder"]
 
 
+def _done(folder: epath.Path) -> dict:
+    return json.loads((folder / "DONE.json").read_text())
+
+
 def _read_stage(folder: epath.Path, mesh: Mesh) -> tuple[dict, epath.Path]:
-    """The parts of a stage's newest checkpoint, replicated, and its folder."""
-    found = newest_step_folder(folder)
-    if found is None:
-        raise CheckpointError(f"{folder}: holds no complete checkpoint; remove it, or give another run")
-    return read_arrays(found, _PARTS, replicated(mesh)), found
+    """The parts of a complete stage's last checkpoint, replicated, and its folder.
+
+    Raises:
+      CheckpointError: it is not there, can not be read, or does not hold the weights that the stage ended with.
+    """
+    done = _done(folder)
+    found = folder / "checkpoints" / str(done["step"])
+    mend = f"remove {folder / 'DONE.json'} to train the end of this stage again, or give another run"
+    if not found.exists():
+        raise CheckpointError(f"{found}: the last checkpoint of a complete stage is gone; {mend}")
+    parts = read_arrays(found, _PARTS, replicated(mesh), mend)
+    if weights_hash(_evaluated_encoder(parts)) != done["weights"]:
+        raise CheckpointError(f"{found}: does not hold the weights that this stage ended with; {mend}")
+    return parts, found
 
 
-def evaluated_weights(run: Run) -> dict[str, tuple[dict, int]]:
-    """Stage -> (encoder parameters, updates) of every complete stage there is to evaluate.
+def _evaluated(folder: epath.Path, mesh: Mesh) -> tuple[dict, int]:
+    """Encoder parameters of a complete stage and its updates."""
+    parts, found = _read_stage(folder, mesh)
+    return _evaluated_encoder(parts), int(found.name)
+
+
+def evaluated_folders(run: Run) -> dict[str, epath.Path]:
+    """Stage -> folder of every complete stage there is to evaluate.
 
     A run that started from an earlier one is compared with that one's pre-training.
     """
@@ -150,32 +181,48 @@ def evaluated_weights(run: Run) -> dict[str, tuple[dict, int]]:
     earlier = epath.Path(run.config.init_from or ".")
     if run.config.init_from and not (folders["pretrain"] / "DONE.json").exists():
         folders["pretrain"] = earlier if earlier.name == "pretrain" else earlier / "pretrain"
-    weights = {}
-    for stage, folder in folders.items():
-        if (folder / "DONE.json").exists():
-            parts, found = _read_stage(folder, run.mesh)
-            weights[stage] = _evaluated_encoder(parts), int(found.name)
-    return weights
+    return {stage: folder for stage, folder in folders.items() if (folder / "DONE.json").exists()}
+
+
+def check_order(config: ConfigDict, workdir: epath.Path) -> list[str]:
+    """A sentence for each stage of `config.stages` that will have nothing to start from; looks at files only."""
+    problems = []
+    for i, stage in enumerate(config.stages):
+        before = BEFORE.get(stage)
+        begun = newest_step_folder(workdir / stage) is not None
+        if before in config.stages[:i] or begun or stage == "evaluate":
+            continue
+        try:
+            if before and _source_folder(config, workdir, before) is None:
+                problems.append(
+                    f"config.stages: '{stage}' starts from the stage '{before}', which is not complete in {workdir}; "
+                    "add it to config.stages, or give the folder of a run that has it as --config.init_from"
+                )
+            elif not before:
+                _init_folder(config.init_from, stage)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _source_folder(config: ConfigDict, workdir: epath.Path, before: str) -> epath.Path | None:
+    """Folder of the complete stage `before`: in the work folder, else what `init_from` means, else None."""
+    folder = workdir / before
+    return folder if (folder / "DONE.json").exists() else _init_folder(config.init_from, before)
 
 
 def stage_sources(run: Run, stage: str, wanted: dict) -> dict:
     """What `stage` starts from, of the shapes `wanted`; {} for a pre-training from scratch.
 
     Raises:
-      ConfigError: the stage before it has not been run, and `init_from` does not have it.
-      CheckpointError: it is of another architecture.
+      ConfigError: `init_from` does not have what this stage starts from.
+      CheckpointError: it can not be read, or is of another architecture.
     """
     before = BEFORE.get(stage)
-    folder = run.workdir / before if before else None
-    if folder is None or not (folder / "DONE.json").exists():
-        folder = _init_folder(run.config.init_from, before or "pretrain")
-    if folder is None and stage == "pretrain":
-        return {}
+    config, workdir = run.config, run.workdir
+    folder = _source_folder(config, workdir, before) if before else _init_folder(config.init_from, stage)
     if folder is None:
-        raise ConfigError(
-            f"config.stages: '{stage}' starts from the stage '{before}', which is not complete in {run.workdir}; add "
-            "it to config.stages, or give the folder of a run that has it as --config.init_from"
-        )
+        return {}  # `check_order` has seen to it that only pre-training comes here
     parts, found = _read_stage(folder, run.mesh)
     sources = {"encoder": _evaluated_encoder(parts)}
     if stage in ("pretrain", "control") and "decoder" in parts["params"]:
@@ -196,11 +243,11 @@ def _init_folder(init_from: str, stage: str) -> epath.Path | None:
     root = epath.Path(init_from)
     if not root.exists():
         raise ConfigError(f"config.init_from: no folder '{init_from}'; give the work folder of an earlier run")
-    if (root / "checkpoints").is_dir():
-        return root
-    if (root / stage / "checkpoints").is_dir():
-        return root / stage
-    have = [name for name in TRAINED if (root / name / "checkpoints").is_dir()]
+    for folder in (root, root / stage):
+        if (folder / "checkpoints").is_dir() and (folder / "DONE.json").exists():
+            return folder
+    have = [name for name in TRAINED if (root / name / "DONE.json").exists()]
     raise ConfigError(
-        f"config.init_from: '{init_from}' has no stage '{stage}' (it has {', '.join(have) or 'none'}); give another run"
+        f"config.init_from: '{init_from}' has no complete stage '{stage}' (complete are: {', '.join(have) or 'none'}); "
+        "give another run"
     )

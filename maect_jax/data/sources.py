@@ -5,6 +5,7 @@ the support queue and the evaluators know a picture by it.
 """
 
 import difflib
+import hashlib
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -47,6 +48,10 @@ class Source:
         """(height, width) in pixels, without decoding where the format has a header."""
         return self.image(index).shape[:2]
 
+    def digest(self) -> str:
+        """What the sample ids depend on, as a short text: another digest, other pictures behind the ids."""
+        return f"{len(self)} pictures"
+
     def sample(self, index: int) -> tuple[np.ndarray, int]:
         """(pixels uint8 [h, w, c], label), by one read."""
         return self.image(index), int(self.labels[index])
@@ -86,6 +91,10 @@ class FolderSource(Source):
 
     def size(self, index: int) -> tuple[int, int]:
         return decode.header_size(self.path(index), self.path(index))
+
+    def digest(self) -> str:
+        names = "\n".join(self.files).encode(errors="surrogateescape")
+        return f"{len(self)} pictures, names {hashlib.sha256(names).hexdigest()[:16]}"
 
 
 def open_source(

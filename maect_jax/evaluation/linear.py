@@ -9,7 +9,7 @@ on the reported split itself; that number stands beside ours, under its own name
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -218,11 +218,12 @@ def evaluate_linear(
     seed: int = 0,
     base_rates: tuple[float, ...] = BASE_RATES,
     mesh: Mesh | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> LinearResult:
     """Trains on nine tenths of the train rows, chooses head and epoch on the tenth, measures on the test rows.
 
     The reported weights are those that were chosen; they are not trained again on all train rows. Arguments and errors
-    as in `train_epochs`; at least ten train rows.
+    as in `train_epochs`; at least ten train rows. `check` is called after every epoch and may raise to stop.
     """
     train_features, train_labels = check_rows("train", train_features, train_labels, classes)
     test_features, test_labels = check_rows("test", test_features, test_labels, classes)
@@ -233,6 +234,7 @@ def evaluate_linear(
     settings = {"epochs": epochs, "batch": batch, "seed": seed, "base_rates": base_rates, "mesh": mesh}
     losses, on_held_out, on_test = [], [], []
     for probe, loss_h in train_epochs(train_features[kept], train_labels[kept], classes, **settings):
+        check()
         losses.append(loss_h)
         on_held_out.append(_measure(mesh, probe, held_out_rows))
         on_test.append(_measure(mesh, probe, test_rows))

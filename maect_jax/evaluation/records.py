@@ -55,8 +55,17 @@ def write_results(path: epath.Path, results: list[Result]) -> None:
 
     new = [asdict(result) for result in results]
     replaced = {identity(record) for record in new}
-    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    kept = [record for record in old if identity(record) not in replaced]
+    old = path.read_text(errors="replace").splitlines() if path.exists() else []
+    kept = [record for line in old if (record := _parsed(line)) and identity(record) not in replaced]
     temporary = path.parent / f".{path.name}.tmp"
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept + new))
     temporary.replace(path)
+
+
+def _parsed(line: str) -> dict | None:
+    """A record, or None for a line that a crash or a full disk tore."""
+    try:
+        record = json.loads(line)
+        return record if isinstance(record["protocol"]["name"], str) else None
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None

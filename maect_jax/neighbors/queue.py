@@ -93,13 +93,14 @@ def enqueue(queue: SupportQueue, target_be: jax.Array, id_b: jax.Array, label_b:
     )
 
 
-def oldest_first(queue: SupportQueue) -> SupportQueue:
-    """The same ring turned so that its oldest row is the first: another batch size may go on writing it."""
+def align(queue: SupportQueue, batch: int) -> SupportQueue:
+    """The same ring, writable by batches of this size: turned, oldest row first, if its pointer is no multiple."""
+    shift = jnp.where(queue.pointer % batch == 0, 0, queue.pointer)
 
     def turn(ring):
-        return jnp.roll(ring, -queue.pointer, axis=0)
+        return jnp.roll(ring, -shift, axis=0)
 
-    return SupportQueue(turn(queue.rows_qe), turn(queue.id_q), turn(queue.label_q), jnp.zeros_like(queue.pointer))
+    return SupportQueue(turn(queue.rows_qe), turn(queue.id_q), turn(queue.label_q), queue.pointer - shift)
 
 
 def age_in_updates(queue: SupportQueue, index_b: jax.Array, batch: int) -> jax.Array:

@@ -69,15 +69,18 @@ class Checkpoints:
         Raises:
           CheckpointError: it is of another architecture, or none of several can be read.
         """
-        failures = []
+        failures, damaged = [], []
         for step in self.steps():
             try:
                 saved = self._saved_tree(step)
                 compare_trees(saved, _without_empty(to_state_dict(like)), f"{self.folder}/{step}")
-                return self._read(step, like, shardings)
+                found = self._read(step, like, shardings)
+                self._set_aside(damaged)
+                return found
             except CheckpointError:
                 raise
             except Exception as error:  # whatever a damaged file makes of itself: try the one before
+                damaged.append(step)
                 failures.append(f"{self.folder}/{step}: {str(error).splitlines()[0] if str(error) else error!r}")
                 _LOG.warning("checkpoint %s can not be read; trying the one before", failures[-1])
         if failures:
@@ -86,6 +89,16 @@ class Checkpoints:
                 "copy, or remove it to train the stage again."
             )
         return None
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames checkpoints that can not be read, so that training may save these steps again."""
+        for step in steps:
+            aside = self.folder / f"damaged-{step}"
+            if aside.exists():
+                aside.rmtree()
+            (self.folder / str(step)).rename(aside)
+        if steps:
+            self._manager.reload()
 
     def _read(self, step: int, like: Any, shardings: Any) -> tuple[Any, dict]:
         abstract = jax.tree.map(
@@ -109,13 +122,16 @@ def saved_tree(folder: epath.Path) -> dict:
     return getattr(tree, "tree", tree)
 
 
-def read_arrays(folder: epath.Path, parts: tuple[str, ...], sharding: jax.sharding.Sharding) -> dict:
+def read_arrays(
+    folder: epath.Path, parts: tuple[str, ...], sharding: jax.sharding.Sharding, mend: str = "give another checkpoint"
+) -> dict:
     """Some parts of a checkpoint's state, whatever its architecture, as nested dicts of arrays.
 
     Args:
       folder: a step's folder.
       parts: names at the top of the state, such as 'params'; those it does not have come back as {}.
       sharding: of every array.
+      mend: what the error advises.
 
     Raises:
       CheckpointError: it can not be read.
@@ -130,7 +146,7 @@ def read_arrays(folder: epath.Path, parts: tuple[str, ...], sharding: jax.shardi
             )
             found = checkpointer.restore(folder / "state", restore)
     except Exception as error:
-        raise CheckpointError(f"{folder}: can not be read ({error}); give another checkpoint") from error
+        raise CheckpointError(f"{folder}: can not be read ({error}); {mend}") from error
     return {part: found.get(part, {}) for part in parts}
 
 

@@ -182,7 +182,7 @@ class _Meter:
         if not values["skipped_in_a_row"]:
             self._bad.clear()
             return
-        seen = {name: repr(values[name]) for name in ("loss", "gradient_norm", "learning_rate")}
+        seen = {name: repr(values[name]) for name in ("loss", "gradient_norm", "parameter_norm", "learning_rate")}
         self._bad.append({"step": step, **seen, "ids": np.asarray(ids).tolist()})
         if values["skipped_in_a_row"] < MAX_BAD_IN_A_ROW:
             return
@@ -191,6 +191,7 @@ class _Meter:
         raise NumericsError(
             f"{self._stage.name}: loss or gradient was not finite in {MAX_BAD_IN_A_ROW} batches in a row, at last in "
             f"update {step} (epoch {step / self._stage.updates_per_epoch:.2f}): loss {seen['loss']}, gradient norm "
-            f"{seen['gradient_norm']}. None of them entered the weights; their sample ids are in {path}. Lower the "
-            "learning rate or look at these pictures; the same command continues from the last checkpoint."
+            f"{seen['gradient_norm']}. None of them entered the weights; their sample ids are in {path}. Look at "
+            "these pictures, or start a new work folder with a lower rate; the same command tries again from the last "
+            "checkpoint."
         )

@@ -1,10 +1,12 @@
-"""One line that says how a run is doing: live on a terminal, one line a log step elsewhere."""
+"""How a run is doing: live on a terminal, one line a log step elsewhere."""
 
-import sys
 import time
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 
 def clock(seconds: float) -> str:
@@ -15,7 +17,7 @@ def clock(seconds: float) -> str:
 
 
 class StageProgress:
-    """Progress of one stage.
+    """Progress of one stage: two live lines on a terminal, however narrow, and a plain line a log step elsewhere.
 
     Args:
       stage: its name.
@@ -27,23 +29,21 @@ class StageProgress:
 
     def __init__(self, stage: str, updates: int, updates_per_epoch: int, later: float, show: bool):
         self._stage, self._updates, self._per_epoch, self._later = stage, updates, updates_per_epoch, later
-        self._console = Console(quiet=not show)
-        self._bar = None
-        self._show = show
-        if show and self._console.is_terminal:
-            self._bar = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.fields[line]}"),
-                console=self._console,
-            )
-            self._task = self._bar.add_task(stage, total=updates, line="compiling")
-            self._bar.start()
+        self._show, self._step, self._eta, self._details = show, 0, "compiling", ""
+        console = Console()
+        self._live = Live(get_renderable=self._render, console=console) if show and console.is_terminal else None
+        if self._live:
+            self._live.start()
+
+    def _render(self) -> Group:
+        row = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self._updates, completed=self._step, width=16)
+        row.add_row(f"[bold]{self._stage}[/]", bar, f"{self._step}/{self._updates}", self._eta)
+        return Group(row, Text(self._details, no_wrap=True, overflow="ellipsis"))
 
     def step(self, step: int) -> None:
         """Moves the bar; prints nothing."""
-        if self._bar:
-            self._bar.update(self._task, completed=step)
+        self._step = step
 
     def line(self, step: int, values: dict[str, float], seconds_per_update: float) -> None:
         """Shows the state after `step` updates.
@@ -51,24 +51,19 @@ class StageProgress:
         `values` holds 'loss', 'learning_rate', 'images_per_second', 'data_wait' (share of time, 0..1).
         """
         remaining = self._updates - step
-        text = (
-            f"epoch {step / self._per_epoch:.1f}/{self._updates / self._per_epoch:.0f}  step {step}/{self._updates}  "
+        self._step = step
+        whole = clock((remaining + self._later) * seconds_per_update)
+        self._eta = f"ETA {clock(remaining * seconds_per_update)}, run {whole}"
+        self._details = (
+            f"epoch {step / self._per_epoch:.1f}/{self._updates / self._per_epoch:.0f}  "
             f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  {values['images_per_second']:.0f} images/s  "
-            f"data wait {100 * values['data_wait']:.1f} %  "
-            f"ETA {clock(remaining * seconds_per_update)}, run {clock((remaining + self._later) * seconds_per_update)}"
+            f"data wait {100 * values['data_wait']:.1f} %"
         )
-        if self._bar:
-            self._bar.update(self._task, completed=step, line=text)
-        elif self._show:
-            print(f"{time.strftime('%H:%M:%S')} {self._stage:9} {text}", flush=True)
-
-    def say(self, text: str) -> None:
-        """A sentence above the bar, or a line of its own."""
-        if self._show:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-            sys.stdout.flush()
+        if self._show and not self._live:
+            where = f"{time.strftime('%H:%M:%S')} {self._stage:9} step {step}/{self._updates}"
+            print(f"{where}  {self._details}  {self._eta}", flush=True)
 
     def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
-            self._bar = None
+        if self._live:
+            self._live.stop()
+            self._live = None

@@ -64,12 +64,13 @@ def _apply_gradients(
     factor = clock.factor(state.step)
     params, moments = optimizer.update(gradients, state.moments, state.params, peaks, decays, factor)
     learning_rate = factor * max(group.peak for group in groups.values())
-    return params, moments, {"gradient_norm": optax.tree.norm(gradients), "learning_rate": learning_rate}
+    metrics = {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
+    return params, moments, metrics | {"learning_rate": learning_rate}
 
 
 def _finish(old: TrainState, new: TrainState, metrics: dict) -> tuple[TrainState, dict]:
-    """Guard against a non-finite loss or gradient, which must change nothing but the clocks."""
-    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["gradient_norm"])
+    """Guard against a non-finite loss, gradient or update, which must change nothing but the clocks."""
+    finite = jnp.isfinite(jnp.stack([metrics[name] for name in ("loss", "gradient_norm", "parameter_norm")])).all()
     state = keep_if_finite(finite, old, new)
     return state, metrics | {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
 

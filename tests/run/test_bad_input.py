@@ -48,6 +48,16 @@ def status_and_message(capsys, tmp_path, monkeypatch):
         (["--config.model.channels=1", "--config.tune.augmentation=strong"], 2, ["needs 3 channels", "data.mean"]),
         (["--config.stages=tune"], 2, ["'tune'", "'head'", "--config.init_from"]),
         (["--config.init_from=/nowhere/run", "--config.stages=head"], 2, ["config.init_from", "/nowhere/run"]),
+        (["--config.stages=pretrain,tune"], 2, ["'tune'", "'head'", "--config.init_from"]),
+        (["--config.tune.crop_scale=0.3,one"], 2, ["config.tune.crop_scale", "'0.3,one'", "tuple"]),
+        (["--config.tune.crop_scale=0.3,0.2"], 2, ["config.tune.crop_scale = (0.3, 0.2)"]),
+        (["--config.data.mean=a,b,c"], 2, ["config.data.mean", "'a,b,c'"]),
+        (["--config.model.decoder.heads=0"], 2, ["config.model.decoder.heads = 0", "at least 1"]),
+        (["--config.model.projector.hidden=0"], 2, ["config.model.projector.hidden = 0"]),
+        (["--config.pretrain.base_lr=nan"], 2, ["config.pretrain.base_lr = nan", "finite"]),
+        (["--config.data.workers=-1"], 2, ["config.data.workers = -1"]),
+        (["--config.evaluate.online_limit=5"], 2, ["config.evaluate.online_limit = 5"]),
+        (["--config"], 2, ["--config", "expected one argument"]),
         (["--confg=x"], 2, ["'--confg=x' is not understood"]),
         (["--config.pretrain.batch=128"], 3, ["64 pictures", "config.pretrain.batch = 128", "at most 64"]),
         (["--config.data.train=/nowhere"], 3, ["data.train", "/nowhere"]),
@@ -56,8 +66,7 @@ def status_and_message(capsys, tmp_path, monkeypatch):
 )
 def test_wrong_settings(status_and_message, pictures, arguments, status, words):
     data = [] if any("data.train" in a for a in arguments) else [f"--config.data.train={pictures}"]
-    needs_devices = any("stages=tune" in a or "init_from" in a for a in arguments)  # found when the stage starts
-    found, message = status_and_message(*data, *arguments, devices_allowed=needs_devices)
+    found, message = status_and_message(*data, *arguments)
     assert found == status, message
     assert all(word in message for word in words), message
     assert "Traceback" not in message
@@ -92,7 +101,7 @@ def test_a_batch_that_the_devices_do_not_divide(status_and_message, pictures):
 
 
 def test_a_work_folder_of_another_run_is_left_alone(status_and_message, tmp_path, pictures):
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pretrain" / "checkpoints" / "2" / "meta").mkdir(parents=True)  # something to lose
     earlier = tmp_path / "run" / "config.resolved.yaml"
     config = settings.load(TINY, {"data.train": str(pictures), "model.width": "32"})
     settings.derive(config, 64)
@@ -103,7 +112,7 @@ def test_a_work_folder_of_another_run_is_left_alone(status_and_message, tmp_path
     status, message = status_and_message(f"--config.data.train={pictures}", workdir=tmp_path / "run")
     assert status == 2
     assert "config.model.width = 32, not 16" in message
-    assert earlier.read_text() == before and len(list((tmp_path / "run").iterdir())) == 1
+    assert earlier.read_text() == before and len(list((tmp_path / "run").iterdir())) == 2
 
 
 def test_a_recipe_that_is_not_there(status_and_message):
@@ -111,6 +120,20 @@ def test_a_recipe_that_is_not_there(status_and_message):
     assert status == 2 and "did you mean 'configs/digits.py'?" in message
     status, message = status_and_message(config="configs/mae_ct_vitl.py:augg")
     assert status == 2 and "no variant 'augg'" in message and "aug" in message
+
+
+@pytest.mark.parametrize("text", ["def get_config(variant):\n    return 1 / 0\n", "def get_config(:\n", "x = 1\n"])
+def test_a_recipe_that_fails(tmp_path, status_and_message, text):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(text)
+    status, message = status_and_message(config=str(recipe))
+    assert status == 2 and "mine.py" in message and "Error" in message
+
+
+def test_a_work_folder_that_is_a_file(status_and_message, tmp_path, pictures):
+    (tmp_path / "file").write_text("mine")
+    status, message = status_and_message(f"--config.data.train={pictures}", workdir=tmp_path / "file")
+    assert status == 2 and "is a file" in message and (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_recipe_with_a_misspelt_setting(tmp_path, status_and_message):

@@ -215,7 +215,7 @@ def test_frozen_parameters_keep_every_bit_and_have_no_moments():
     assert set(ran("tune")[2].params["encoder"]) == {"blocks", "norm"}
 
 
-def test_everything_trained_moves():
+def test_everything_trained_moves_but_the_projectors_last_bias():
     for stage in ("pretrain", "head", "tune"):
         before, after = make_state(stage).params, jax.device_get(ran(stage)[2].params)
         still = [
@@ -223,7 +223,7 @@ def test_everything_trained_moves():
             for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after))
             if np.array_equal(a, b)
         ]
-        assert still == []
+        assert still == ([] if stage == "pretrain" else ["['projector']['bn2']['bias']"])
 
 
 def matrix_flops(jaxpr) -> int:
