@@ -1,5 +1,7 @@
 """Augmentations against PIL and SciPy, and views as pure functions of seed, epoch, sample and view."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from scipy import ndimage
 
 from maect_jax.data import augment
 from maect_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD, make_views
+from maect_jax.randomness import sample_keys
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +174,55 @@ def test_crops_made_by_the_host_are_flipped_and_normalised_only(batch):
     expected = np.moveaxis(crops, 1, 0) / 255
     straight, mirrored = (np.abs(pixels - x).max(axis=(2, 3, 4)) < 1e-5 for x in (expected, expected[:, :, :, ::-1]))
     assert np.all(straight ^ mirrored)
+
+
+def test_strong_views_change_as_often_as_the_recipe_says():
+    """Colours of a flat grey-free picture tell which operations ran: frequencies within four standard errors."""
+    n = 2000
+    image = jnp.broadcast_to(jnp.asarray([200.0, 120.0, 40.0]), (n, 8, 8, 3))
+    ids = jnp.arange(n, dtype=jnp.int32)
+    for view, recipe in enumerate(augment.STRONG):
+        keys = {p: sample_keys(0, p, jnp.int32(0), ids, view) for p in ("colour", "blur", "grey", "solarise")}
+        out = np.asarray(augment.change_colours(keys, image, recipe))[:, 0, 0]
+        grey = np.ptp(out, axis=1) < 1e-3
+        no_jitter = [np.array([200.0, 120.0, 40.0]), np.full(3, 0.299 * 200 + 0.587 * 120 + 0.114 * 40)]
+        still = [np.where(c >= 128, 255 - c, c) for c in no_jitter] + no_jitter
+        untouched = np.min([np.abs(out - s).max(axis=1) for s in still], axis=0) < 1e-2
+        for found, wanted in ((grey.mean(), recipe.grey), (untouched.mean(), 1 - recipe.jitter)):
+            assert abs(found - wanted) < 4 * (wanted * (1 - wanted) / n) ** 0.5 + 1e-9
+        white = jnp.full((n, 8, 8, 3), 255.0)
+        no_colour = dataclasses.replace(recipe, jitter=0.0)
+        inverted = np.asarray(augment.change_colours(keys, white, no_colour))[:, 0, 0, 0] < 1
+        assert abs(inverted.mean() - recipe.solarise) < 4 * (recipe.solarise * (1 - recipe.solarise) / n) ** 0.5 + 1e-9
+
+
+def test_views_of_the_strong_recipe_are_asymmetric_as_published():
+    first, second = augment.STRONG
+    assert (first.jitter, first.blur, first.grey, first.solarise) == (0.8, 1.0, 0.2, 0.0)
+    assert (second.jitter, second.blur, second.grey, second.solarise) == (0.8, 0.1, 0.2, 0.2)
+
+
+def test_blur_comes_before_solarise():
+    """A black and white edge: blurred first, greys below 128 survive; solarised first, everything would be black."""
+    edge = jnp.broadcast_to(jnp.where(jnp.arange(224) < 112, 0.0, 255.0)[None, :, None], (224, 224, 3))
+    recipe = augment.ViewAugmentation(blur=1.0, solarise=1.0)
+    keys = {name: jax.random.split(jax.random.key(1), 1) for name in ("colour", "blur", "grey", "solarise")}
+    assert float(augment.change_colours(keys, edge[None], recipe).max()) > 20
+
+
+@pytest.mark.parametrize("operation", ["brightness", "contrast", "saturation"])
+def test_single_changes_equal_pillow(operation):
+    from PIL import ImageEnhance
+
+    rng = np.random.default_rng(3)
+    pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    enhance = {"brightness": "Brightness", "contrast": "Contrast", "saturation": "Color"}[operation]
+    only = {name: 0.0 for name in ("brightness", "contrast", "saturation", "hue")} | {operation: 0.4}
+    for seed in range(5):
+        key = jax.random.key(seed)
+        found = np.asarray(augment.colour_jitter(key, jnp.asarray(pixels, jnp.float32), **only))
+        place = ["brightness", "contrast", "saturation"].index(operation)
+        _, factor_key, _ = jax.random.split(key, 3)
+        factor = 1 + 0.4 * float(jax.random.uniform(factor_key, (3,), minval=-1.0, maxval=1.0)[place])
+        wanted = np.asarray(getattr(ImageEnhance, enhance)(Image.fromarray(pixels)).enhance(factor), np.float32)
+        assert np.abs(found - wanted).max() < 1.6  # Pillow rounds

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maect_jax.neighbors.queue import NOBODY, SupportQueue, age_in_updates, enqueue, find_neighbors
+from maect_jax.neighbors.queue import NOBODY, SupportQueue, age_in_updates, align, enqueue, find_neighbors
 from maect_jax.neighbors.topk import OWN, top_k_replicated_bank, top_k_sharded_bank
 from maect_jax.parallel.mesh import make_mesh
 
@@ -116,3 +116,17 @@ def test_a_batch_that_does_not_divide_the_queue_is_refused():
     ids = jnp.zeros(4, jnp.int32)
     with pytest.raises(ValueError, match="does not divide"):
         enqueue(queue, jnp.zeros((4, WIDTH)), ids, ids)
+
+
+def test_a_ring_is_turned_only_where_the_new_batch_would_cross_its_end():
+    queue = SupportQueue.create(jax.random.key(0), 12, 4)
+    for step in range(3):  # pointer 6 after the first, third, … batch of 6
+        ids = jnp.arange(6, dtype=jnp.int32) + 6 * step
+        queue = enqueue(queue, jax.random.normal(jax.random.key(step), (6, 4)), ids, ids)
+    assert int(queue.pointer) == 6
+    same = align(queue, 3)
+    assert int(same.pointer) == 6 and np.array_equal(same.id_q, queue.id_q)
+    turned = align(queue, 4)
+    assert int(turned.pointer) == 0
+    assert np.array_equal(turned.id_q, np.roll(np.asarray(queue.id_q), -6))  # oldest first
+    assert np.array_equal(turned.rows_qe, np.roll(np.asarray(queue.rows_qe), -6, axis=0))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -136,3 +137,43 @@ def test_saved_on_eight_devices_resumed_on_one(tmp_path, pictures, uninterrupted
     ]
     assert losses[0].keys() == losses[1].keys()
     assert all(abs(losses[0][key] - losses[1][key]) < 1e-5 for key in losses[0])
+
+
+def test_evaluation_follows_what_was_trained_since(tmp_path, pictures, uninterrupted):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    arguments = (f"--config.data.train={pictures}", "--config.stages=pretrain,control,head,tune,evaluate")
+    done = launch(workdir, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "evaluate: done already" not in done.stdout
+    results = lines(workdir / "results.jsonl")
+    assert {result["stage"] for result in results} == {"pretrain", "control", "tune"}
+    places = [(result["stage"], result["evaluation"], result["protocol"]["name"]) for result in results]
+    assert len(places) == len(set(places)), "a number is recorded twice"
+
+
+def test_a_damaged_last_checkpoint_is_trained_again_to_the_same_weights(tmp_path, pictures, uninterrupted):
+    workdir = tmp_path / "run"
+    shutil.copytree(uninterrupted, workdir)
+    newest = max((int(p.name), p) for p in (workdir / "tune" / "checkpoints").iterdir() if p.name.isdigit())[1]
+    for path in (newest / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    refused = launch(workdir, f"--config.data.train={pictures}", "--config.evaluate.probe_epochs=3")
+    assert refused.returncode == 4 and str(newest) in refused.stderr and "DONE.json" in refused.stderr
+    (workdir / "tune" / "DONE.json").unlink()
+    done = launch(workdir, f"--config.data.train={pictures}")
+    assert done.returncode == 0, done.stderr
+    assert "can not be read; trying the one before" in done.stderr
+    assert final_states(workdir) == final_states(uninterrupted)
+
+
+def test_other_pictures_than_a_run_was_begun_with_are_refused(tmp_path, pictures, uninterrupted):
+    workdir, more = tmp_path / "run", tmp_path / "more"
+    shutil.copytree(uninterrupted, workdir)
+    shutil.copytree(pictures, more)
+    shutil.copy(more / "train" / "disc" / "000.png", more / "train" / "disc" / "zzz.png")
+    config = workdir / "config.resolved.yaml"
+    config.write_text(config.read_text().replace(str(pictures), str(more)))
+    done = launch(workdir, f"--config.data.train={more}")
+    assert done.returncode == 3 and "64 pictures" in done.stderr and "65 pictures" in done.stderr
