@@ -55,7 +55,7 @@ def write_results(path: epath.Path, results: list[Result]) -> None:
 
     new = [asdict(result) for result in results]
     replaced = {identity(record) for record in new}
-    old = path.read_text(errors="replace").splitlines() if path.exists() else []
+    old = path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
     kept = [record for line in old if (record := _parsed(line)) and identity(record) not in replaced]
     temporary = path.parent / f".{path.name}.tmp"
     temporary.write_text("".join(json.dumps(record) + "\n" for record in kept + new))

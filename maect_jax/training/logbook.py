@@ -87,7 +87,7 @@ def _drop(path: epath.Path, stage: str, step: int) -> None:
     """Rewrites the record without this stage's lines after `step` and without lines that are no JSON."""
     if not path.exists():
         return
-    lines = path.read_text(errors="replace").splitlines()
+    lines = path.read_bytes().decode(errors="replace").splitlines()
     kept = [
         line for line in lines if (record := _parsed(line)) and (record["stage"] != stage or record["step"] <= step)
     ]
