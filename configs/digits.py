@@ -1,6 +1,13 @@
-"""Handwritten digits on coloured grounds, 32x32: the whole of MAE-CT on a laptop CPU. Nothing is downloaded.
+"""Handwritten digits on dark grounds, 32x32: the whole of MAE-CT on a laptop CPU. Nothing is downloaded.
 
-python launch.py --config=configs/digits.py --workdir=runs/digits
+    python launch.py --config=configs/digits.py --workdir=runs/digits
+
+About seven minutes on two CPU cores. Beside head and tuning, the control trains the same MAE on for as long. k-NN
+accuracy on held-out digits, three seeds: see the README.
+
+Rates are far above the paper's because the run is a few hundred updates. Blur hardly acts at 32 pixels, as its radius
+scales with the picture. Each digit occurs in two pictures with ids of their own, so a neighbour in the queue may be the
+same handwriting on another ground.
 """
 
 from ml_collections import ConfigDict

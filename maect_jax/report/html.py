@@ -27,7 +27,7 @@ from maect_jax.errors import DataError
 from maect_jax.report import figures
 
 SHORT = figures.STAGES
-STAGES = SHORT | {"control": "MAE, trained on for the same time (control)"}
+STAGES = SHORT | {"control": "MAE, trained on instead (control)"}
 EVALUATIONS = {"knn": "k-NN", "linear": "linear probe"}  # other names stand as they are
 LOWER_IS_BETTER = frozenset({"loss", "error", "mce", "ece"})
 MAX_QUERIES, MAX_RECONSTRUCTIONS = 12, 12  # a page that fits into a mail; the caption says how many there are

@@ -200,7 +200,7 @@ def test_results_table_equals_the_records(page):
     assert [cell.strip() for cell in head] == [
         "Evaluation",
         "MAE",
-        "MAE, trained on for the same time (control)",
+        "MAE, trained on instead (control)",
         "MAE-CT",
         "MAE-CT − MAE",
         "MAE-CT − control",
@@ -308,7 +308,7 @@ def test_page_is_replaced_whole_and_is_the_same_for_the_same_folder(workdir, pag
 def test_unfinished_stage_is_told_from_a_finished_one(page):
     rows = {row[0].strip(): [cell.strip() for cell in row[1:]] for row in page.tables[-2]}
     assert rows["MAE"][:5] == ["finished", "100", "1,024", "2,400", "2 h 4 min"]
-    assert rows["MAE, trained on for the same time (control)"][0] == "not finished"
+    assert rows["MAE, trained on instead (control)"][0] == "not finished"
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
