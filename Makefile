@@ -20,7 +20,7 @@ demo: $(VENV)/.base
 	$(BIN)/python launch.py --config=configs/digits.py --workdir=$(WORKDIR)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
