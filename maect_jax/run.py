@@ -24,7 +24,7 @@ from maect_jax.errors import ConfigError, DataError, MaectError
 from maect_jax.parallel.mesh import make_mesh
 from maect_jax.report.html import write_report
 from maect_jax.stages import check_order, run_stages
-from maect_jax.training.checkpoint import newest_step_folder, write_json
+from maect_jax.training.checkpoint import absolute, newest_step_folder, write_json
 from maect_jax.training.logbook import Logbook
 from maect_jax.training.stop import StopRequest
 
@@ -100,7 +100,7 @@ def run(config: ConfigDict, workdir: str) -> epath.Path:
       MaectError: everything a user can mend or must know.
     """
     with StopRequest() as stop:
-        return _run(config, epath.Path(workdir), stop)
+        return _run(config, absolute(workdir), stop)
 
 
 def _run(config: ConfigDict, root: epath.Path, stop: StopRequest) -> epath.Path:

@@ -23,7 +23,14 @@ from maect_jax.evaluation.health import health
 from maect_jax.evaluation.records import weights_hash
 from maect_jax.models.vit import join_blocks
 from maect_jax.parallel.mesh import batch_sharding, replicated
-from maect_jax.training.checkpoint import Checkpoints, compare_trees, newest_step_folder, read_arrays, write_json
+from maect_jax.training.checkpoint import (
+    Checkpoints,
+    absolute,
+    compare_trees,
+    newest_step_folder,
+    read_arrays,
+    write_json,
+)
 from maect_jax.training.loop import Stage, train
 from maect_jax.training.progress import StageProgress
 
@@ -178,7 +185,7 @@ def evaluated_folders(run: Run) -> dict[str, epath.Path]:
     A run that started from an earlier one is compared with that one's pre-training.
     """
     folders = {stage: run.workdir / stage for stage in evaluate.EVALUATED}
-    earlier = epath.Path(run.config.init_from or ".")
+    earlier = absolute(run.config.init_from or ".")
     if run.config.init_from and not (folders["pretrain"] / "DONE.json").exists():
         folders["pretrain"] = earlier if earlier.name == "pretrain" else earlier / "pretrain"
     return {stage: folder for stage, folder in folders.items() if (folder / "DONE.json").exists()}
@@ -240,7 +247,7 @@ def _init_folder(init_from: str, stage: str) -> epath.Path | None:
     """The stage folder that `init_from` means: itself, or the stage of that name in it."""
     if not init_from:
         return None
-    root = epath.Path(init_from)
+    root = absolute(init_from)
     if not root.exists():
         raise ConfigError(f"config.init_from: no folder '{init_from}'; give the work folder of an earlier run")
     for folder in (root, root / stage):

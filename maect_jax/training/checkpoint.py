@@ -6,6 +6,7 @@ one that can not be read gives way to the one before it.
 
 import json
 import logging
+import os
 from typing import Any
 
 import jax
@@ -21,6 +22,11 @@ _LOG = logging.getLogger(__name__)
 SCHEMA = 1
 
 
+def absolute(folder: str | epath.Path) -> epath.Path:
+    """The folder by its full path, as Orbax needs it; addresses such as gs://… stay as they are."""
+    return epath.Path(folder if "://" in str(folder) else os.path.abspath(folder))
+
+
 class Checkpoints:
     """The checkpoints of one stage, in a folder of their own.
 
@@ -31,7 +37,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | epath.Path, keep: int = 2, keep_every: int = 0):
-        self.folder = epath.Path(folder).absolute() if "://" not in str(folder) else epath.Path(folder)
+        self.folder = absolute(folder)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=max(keep, 1), keep_period=keep_every or None, enable_async_checkpointing=True
         )

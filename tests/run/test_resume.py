@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import final_states, launch, lines, make_pictures, start
+from runs import ROOT, final_states, launch, lines, make_pictures, start
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,9 @@ def test_a_second_signal_ends_at_once(tmp_path, pictures):
 
 def test_stages_start_from_an_earlier_run(tmp_path, pictures, uninterrupted):
     workdir = tmp_path / "again"
-    arguments = (f"--config.data.train={pictures}", "--config.stages=head,tune", f"--config.init_from={uninterrupted}")
-    done = launch(workdir, *arguments)
+    earlier, relative = (os.path.relpath(folder, ROOT) for folder in (uninterrupted, workdir))  # as people type them
+    arguments = (f"--config.data.train={pictures}", "--config.stages=head,tune", f"--config.init_from={earlier}")
+    done = launch(relative, *arguments)
     assert done.returncode == 0, done.stderr
     assert not (workdir / "pretrain").exists()
     mine, theirs = ((json.loads((folder / "tune" / "DONE.json").read_text())) for folder in (workdir, uninterrupted))
