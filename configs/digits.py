@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.predictor.hidden = 512
     config.data.update(train="digits", mean=(0.34, 0.34, 0.34), std=(0.26, 0.26, 0.26), resize_ratio=1.0)
     config.pretrain.update(epochs=26, batch=64, views=1, base_lr=4e-3, warmup_epochs=3)
-    config.control.epochs = 26
+    config.control.epochs = 31
     config.head.update(epochs=6, batch=128, base_lr=2e-3, queue=512, crop_scale=(0.5, 1.0), augmentation="strong")
     config.tune.update(epochs=10, batch=128, encoder_base_lr=3e-3, head_base_lr=3e-3, frozen_blocks=2, top_k=10)
     config.tune.update(temperature=0.15, crop_scale=(0.5, 1.0), augmentation="strong")
