@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from small import head_tree, mae_tree
 
 from maect_jax.errors import CheckpointError
 from maect_jax.exchange.layouts import LAYOUTS, from_layout, to_layout
+from small import head_tree, mae_tree
 
 
 def random_like(create) -> dict:

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import encoder_of, mae_of
 
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.patches import gather_rows, patchify, unpatchify
 from maect_jax.models.vit import join_blocks, pool, split_blocks
 from maect_jax.objectives.mae import pixel_targets, reconstruction_loss
 from maect_jax.objectives.masking import mask_noise, patches_to_keep, shuffle
+from small import encoder_of, mae_of
 
 SMALL = dict(img_size=16, patch_size=4, dim=32, depth=3, heads=2, decoder_dim=24, decoder_depth=2, decoder_heads=2)
 WIDE = dict(img_size=32, patch_size=8, dim=128, depth=2, heads=4, decoder_dim=64, decoder_depth=2, decoder_heads=4)

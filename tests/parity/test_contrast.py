@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import arrays
 
+from golden import arrays
 from maect_jax.neighbors.queue import SupportQueue, enqueue, find_neighbors
 from maect_jax.neighbors.topk import top_k_replicated_bank
 from maect_jax.objectives.nnclr import nnclr_loss, one_sided_loss

@@ -2,10 +2,10 @@
 
 import jax
 import pytest
-from golden import constants
-from small import head_tree, mae_tree
 
+from golden import constants
 from maect_jax.exchange.layouts import LAYOUTS, to_layout
+from small import head_tree, mae_tree
 
 MODELS = ("B16", "L16", "H16", "H14", "tiny")
 

@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import golden
 import jax
 import numpy as np
 import pytest
 
+import golden
 from maect_jax.evaluation import knn
 from maect_jax.parallel.mesh import make_mesh
 

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import arrays, below
-from small import cast, channels_last, encoder_of, mae_of
 
+from golden import arrays, below
 from maect_jax.exchange.layouts import from_layout, to_layout
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.patches import gather_rows, patchify, position_table, unpatchify
 from maect_jax.objectives.mae import pixel_targets, reconstruction_loss
 from maect_jax.objectives.masking import patches_to_keep, shuffle
+from small import cast, channels_last, encoder_of, mae_of
 
 # ----------------------------------------------------------------------------------------------------------- positions
 

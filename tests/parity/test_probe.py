@@ -1,11 +1,11 @@
 """The linear probe against a recorded trace of twenty updates in PyTorch, and the recorded schedule."""
 
-import golden
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import golden
 from maect_jax.evaluation import linear
 
 

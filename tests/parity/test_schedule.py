@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import constants
 
+from golden import constants
 from maect_jax.training.optimizer import layer_scales
 from maect_jax.training.schedule import learning_rate_factor, peak_learning_rate
 

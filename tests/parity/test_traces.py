@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden import arrays, below
-from small import cast, channels_last, encoder_of, mae_of
 
+from golden import arrays, below
 from maect_jax.exchange.layouts import from_layout, to_layout
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.vit import join_blocks, split_blocks
@@ -21,6 +20,7 @@ from maect_jax.training.optimizer import Group
 from maect_jax.training.schedule import peak_learning_rate
 from maect_jax.training.state import TrainState, create_state
 from maect_jax.training.steps import Clock, make_contrastive_step, make_pretrain_step
+from small import cast, channels_last, encoder_of, mae_of
 
 GEOMETRY = {"patch": 8, "grid": 4}  # of both traces
 

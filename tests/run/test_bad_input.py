@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import TINY, make_pictures
 
 from maect_jax import config as settings
 from maect_jax import config_checks, run
 from maect_jax.errors import ConfigError
+from runs import TINY, make_pictures
 
 
 @pytest.fixture(scope="module")

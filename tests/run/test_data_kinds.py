@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 from PIL import Image
+
 from runs import launch, lines, make_pictures
 
 

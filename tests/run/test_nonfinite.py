@@ -2,9 +2,8 @@
 
 import json
 
-from runs import TINY, make_pictures
-
 from maect_jax import run
+from runs import TINY, make_pictures
 
 
 def test_three_bad_batches_in_a_row_end_the_run(tmp_path, capsys):

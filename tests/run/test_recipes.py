@@ -1,15 +1,15 @@
 """The recipes of the paper carry the paper's numbers; those of small data derive theirs from the data."""
 
-import golden
 import pytest
-from runs import ROOT
 
+import golden
 from maect_jax import config as settings
 from maect_jax import config_checks
 from maect_jax.assemble import assemble, build_encoder
 from maect_jax.objectives.masking import patches_to_keep
 from maect_jax.parallel.mesh import make_mesh
 from maect_jax.training.schedule import peak_learning_rate
+from runs import ROOT
 
 RECIPES = {"B16": "mae_ct_vitb", "L16": "mae_ct_vitl", "H16": "mae_ct_vith16", "H14": "mae_ct_vith14"}
 POOLING = {"mean_patch": "mean", "class_token": "cls", "cls": "cls"}

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from runs import ROOT, final_states, launch, lines, make_pictures, start
 
 

@@ -9,7 +9,6 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small import encoder_of, mae_of
 
 from maect_jax.data.augment import make_views
 from maect_jax.models.nnclr import Predictor, Projector
@@ -20,6 +19,7 @@ from maect_jax.parallel.mesh import batch_sharding, make_mesh, replicated, state
 from maect_jax.training.optimizer import Group
 from maect_jax.training.state import create_state
 from maect_jax.training.steps import Clock, make_contrastive_step, make_pretrain_step
+from small import encoder_of, mae_of
 
 CFG = dict(img_size=16, patch_size=4, dim=32, depth=4, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2)
 BATCH, ROWS, FROZEN, UPDATES = 16, 208, 2, 3
