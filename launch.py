@@ -12,7 +12,9 @@ import sys
 
 
 def main() -> int:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # its threads spin against XLA's: small SVDs take 100 x as long
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # its threads spin against XLA's: eigvalsh of 256 x 256 took 820 ms, not 3
     try:
         from maect_jax import run  # after that line, which NumPy reads when it loads
 
