@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maect_jax.models.patches import position_table
 
@@ -76,30 +77,45 @@ class Attention(nn.Module):
             key,
             preferred_element_type=_at_least_float32(self.dtype),
         )
-        weights_bhnm = jax.nn.softmax(logits_bhnm).astype(self.dtype)
+        weights_bhnm = jax.nn.softmax(logits_bhnm)
+        self.sow("intermediates", "cls_attention_bhn", weights_bhnm[:, :, 0])
+        weights_bhnm = weights_bhnm.astype(self.dtype)
         mixed_bhne = jnp.einsum("bhnm,bhme->bhne", weights_bhnm, value)
         return dense(d, self.dtype, "proj")(mixed_bhne.swapaxes(1, 2).reshape(b, n, d))
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += mlp(norm(x)). Written as a scan body: returns (x, None)."""
+    """x += attention(norm(x)); x += mlp(norm(x)). Written as a scan body: returns (x, None).
+
+    `branch_scale_2b` multiplies what attention and MLP add to each picture (drop path: 0, or 1 / share kept).
+    """
 
     heads: int
     mlp_ratio: int
     dtype: Dtype
 
     @nn.compact
-    def __call__(self, x_bnd: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+    def __call__(self, x_bnd: jax.Array, branch_scale_2b: jax.Array | None = None) -> tuple[jax.Array, None]:
         d = x_bnd.shape[-1]
-        x_bnd = x_bnd + Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x_bnd))
+
+        def add(x_bnd, branch_bnd, which):
+            if branch_scale_2b is not None:
+                branch_bnd = branch_bnd * branch_scale_2b[which, :, None, None].astype(branch_bnd.dtype)
+            return x_bnd + branch_bnd
+
+        x_bnd = add(x_bnd, Attention(self.heads, self.dtype, name="attn")(layer_norm(self.dtype, "norm1")(x_bnd)), 0)
         y = dense(self.mlp_ratio * d, self.dtype, "fc1")(layer_norm(self.dtype, "norm2")(x_bnd))
-        return x_bnd + dense(d, self.dtype, "fc2")(jax.nn.gelu(y, approximate=False)), None
+        x_bnd = add(x_bnd, dense(d, self.dtype, "fc2")(jax.nn.gelu(y, approximate=False)), 1)
+        for pooling in ("cls", "mean"):
+            self.sow("intermediates", f"{pooling}_bd", pool(x_bnd, pooling))
+        return x_bnd, None
 
 
 def blocks(depth: int, heads: int, mlp_ratio: int, dtype: Dtype, remat: bool, name: str) -> nn.Module:
     """`depth` blocks run by one scan; `remat` recomputes activations in the backward pass."""
     body = nn.remat(Block, prevent_cse=False) if remat else Block
-    stack = nn.scan(body, variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+    axes = {"params": 0, "intermediates": 0}
+    stack = nn.scan(body, variable_axes=axes, split_rngs={"params": True}, length=depth)
     return stack(heads, mlp_ratio, dtype, name=name)
 
 
@@ -112,6 +128,10 @@ def _patch_bias_init(fan_in: int):
 class ViT(nn.Module):
     """Encoder from patch vectors to tokens.
 
+    With `mutable=["intermediates"]`, `apply` also returns what each block offers an evaluation, stacked by block:
+    `cls_bd` and `mean_bd` [depth, batch, width], its pooled output before any norm, and `attn/cls_attention_bhn`
+    [depth, batch, heads, tokens], the attention of the CLS token. Otherwise none of it is computed.
+
     Attributes:
       width, depth, heads, patch: see `Size`.
       image_size: side of the square picture in pixels, a multiple of `patch`.
@@ -120,6 +140,8 @@ class ViT(nn.Module):
       remat: recompute block activations in the backward pass.
       frozen: number of lower blocks kept apart under the name `frozen_blocks`. No gradient passes below them, so the
         compiler drops their backward pass when their parameters are not differentiated. See `split_blocks`.
+      learned_positions: the position table is the parameter `pos_embed` [1, 1 + patches, width], its first row the CLS
+        token's, and starts as the fixed table (fine-tuning). Otherwise it is the fixed table, CLS without position.
     """
 
     width: int
@@ -131,24 +153,36 @@ class ViT(nn.Module):
     dtype: Dtype = jnp.float32
     remat: bool = False
     frozen: int = 0
+    learned_positions: bool = False
 
     @property
     def grid(self) -> int:
         return self.image_size // self.patch
 
     @nn.compact
-    def __call__(self, patches_blp: jax.Array, index_bl: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        patches_blp: jax.Array,
+        index_bl: jax.Array | None = None,
+        branch_scale_l2b: jax.Array | None = None,
+    ) -> jax.Array:
         """Tokens after the final LayerNorm.
 
         Args:
           patches_blp: patch vectors [batch, kept patches, values]; only these are embedded.
           index_bl: int32 [batch, kept patches], the place of each patch in row-major order; None = all, in order.
+          branch_scale_l2b: float32 [depth, 2, batch], see `Block`; None = 1. Not with `frozen` blocks.
 
         Returns:
           [batch, 1 + kept patches, width]: the CLS token first, then the patches in the order given.
         """
         b, _, p = patches_blp.shape
-        table_nd = jnp.asarray(position_table(self.width, self.grid).astype("float32"), self.dtype)  # as published
+        fixed_nd = position_table(self.width, self.grid).astype("float32")  # as published
+        if self.learned_positions:
+            start = np.concatenate([np.zeros((1, self.width), "float32"), fixed_nd])[None]
+            table_nd = self.param("pos_embed", lambda key: jnp.asarray(start))[0].astype(self.dtype)
+        else:
+            table_nd = jnp.asarray(fixed_nd, self.dtype)
         x = Dense(
             self.width,
             dtype=self.dtype,
@@ -156,16 +190,19 @@ class ViT(nn.Module):
             bias_init=_patch_bias_init(p),
             name="patch_embed",
         )(patches_blp)
-        x = x + (table_nd if index_bl is None else table_nd[index_bl])
-        cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        cls_token = jnp.broadcast_to(cls_token.astype(self.dtype), (b, 1, self.width))
+        position_nd = table_nd[-(self.grid**2) :]
+        x = x + (position_nd if index_bl is None else position_nd[index_bl])
+        cls_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, self.width)).astype(self.dtype)
+        if self.learned_positions:
+            cls_token = cls_token + table_nd[0]
+        cls_token = jnp.broadcast_to(cls_token, (b, 1, self.width))
         x = jnp.concatenate([cls_token, x], axis=1)
         if self.frozen:
             shape = (self.heads, self.mlp_ratio, self.dtype)
             x, _ = blocks(self.frozen, *shape, remat=False, name="frozen_blocks")(x, None)
             x = jax.lax.stop_gradient(x)
         x, _ = blocks(self.depth - self.frozen, self.heads, self.mlp_ratio, self.dtype, self.remat, name="blocks")(
-            x, None
+            x, branch_scale_l2b
         )
         return layer_norm(self.dtype, "norm")(x)
 
