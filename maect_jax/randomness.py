@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 PURPOSES = ("initialisation", "crop", "flip", "colour", "blur", "grey", "solarise", "mask", "neighbor")
+PURPOSES += ("randaugment", "erasing", "mixing", "drop_path")
 _PURPOSE_CODE = {name: zlib.crc32(name.encode()) & 0x7FFFFFFF for name in PURPOSES}
 
 

@@ -200,6 +200,24 @@ def normalise(images_bhwc: jax.Array, mean: tuple[float, ...], std: tuple[float,
     return (images_bhwc / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
 
 
+def crop_and_flip(
+    batch: dict[str, jax.Array], *, seed: int, epoch: jax.Array, view: int, size: int, scale: tuple[float, float]
+) -> jax.Array:
+    """What every view starts from: random crops, mirrored or not, float32 [batch, size, size, channels] in 0..255.
+
+    Arguments as in `make_views`; `view` is the index of the view.
+    """
+
+    def keys(purpose):
+        return sample_keys(seed, purpose, epoch, batch["id"], view)
+
+    if batch["image"].ndim == 5:
+        x = batch["image"][:, view].astype(jnp.float32)
+    else:
+        x = random_resized_crop(keys("crop"), batch["image"], size, scale)
+    return random_flip(keys("flip"), x)
+
+
 def make_views(
     batch: dict[str, jax.Array],
     *,
@@ -225,17 +243,11 @@ def make_views(
     recipes = AUGMENTATIONS[augmentation]
 
     def one_view(view):
-        def keys(purpose):
-            return sample_keys(seed, purpose, epoch, batch["id"], view)
-
-        if batch["image"].ndim == 5:
-            x = batch["image"][:, view].astype(jnp.float32)
-        else:
-            x = random_resized_crop(keys("crop"), batch["image"], size, scale)
-        x = random_flip(keys("flip"), x)
+        x = crop_and_flip(batch, seed=seed, epoch=epoch, view=view, size=size, scale=scale)
         recipe = recipes[view % len(recipes)]
         if recipe != ViewAugmentation():
-            x = change_colours({p: keys(p) for p in ("colour", "blur", "grey", "solarise")}, x, recipe)
+            purposes = ("colour", "blur", "grey", "solarise")
+            x = change_colours({p: sample_keys(seed, p, epoch, batch["id"], view) for p in purposes}, x, recipe)
         return normalise(x, mean, std)
 
     return jnp.stack([one_view(view) for view in range(views)])

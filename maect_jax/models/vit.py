@@ -142,6 +142,7 @@ class ViT(nn.Module):
         compiler drops their backward pass when their parameters are not differentiated. See `split_blocks`.
       learned_positions: the position table is the parameter `pos_embed` [1, 1 + patches, width], its first row the CLS
         token's, and starts as the fixed table (fine-tuning). Otherwise it is the fixed table, CLS without position.
+      final_norm: end with a LayerNorm, `norm`. Without it the tokens are those of the last block.
     """
 
     width: int
@@ -154,6 +155,7 @@ class ViT(nn.Module):
     remat: bool = False
     frozen: int = 0
     learned_positions: bool = False
+    final_norm: bool = True
 
     @property
     def grid(self) -> int:
@@ -166,7 +168,7 @@ class ViT(nn.Module):
         index_bl: jax.Array | None = None,
         branch_scale_l2b: jax.Array | None = None,
     ) -> jax.Array:
-        """Tokens after the final LayerNorm.
+        """Tokens after the final LayerNorm, where there is one.
 
         Args:
           patches_blp: patch vectors [batch, kept patches, values]; only these are embedded.
@@ -204,7 +206,7 @@ class ViT(nn.Module):
         x, _ = blocks(self.depth - self.frozen, self.heads, self.mlp_ratio, self.dtype, self.remat, name="blocks")(
             x, branch_scale_l2b
         )
-        return layer_norm(self.dtype, "norm")(x)
+        return layer_norm(self.dtype, "norm")(x) if self.final_norm else x
 
 
 def pool(tokens_bnd: jax.Array, pooling: str) -> jax.Array:

@@ -22,3 +22,16 @@ def learning_rate_factor(step, updates: int, warmup: int, xp=jnp):
     ramp = (step + 1) / (warmup + 1)
     decay = (1 + xp.cos(xp.pi * (step - warmup) / max(updates - warmup, 1))) / 2
     return xp.where(step < warmup, ramp, decay)
+
+
+def mae_learning_rate_factor(step, updates: int, warmup: int, floor: float, xp=jnp):
+    """Share of the peak learning rate for update `step` (0-based) of MAE's fine-tuning, in [0, 1].
+
+    step / warmup during the `warmup` first updates, then from 1 along half a cosine towards `floor`, the least share.
+
+    Source: MAE (He et al. 2022), released fine-tuning code; there in fractional epochs, which is the same.
+    """
+    step = xp.asarray(step, float)
+    ramp = step / max(warmup, 1)
+    decay = (1 + xp.cos(xp.pi * (step - warmup) / max(updates - warmup, 1))) / 2
+    return xp.where(step < warmup, ramp, floor + (1 - floor) * decay)

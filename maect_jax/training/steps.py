@@ -56,19 +56,24 @@ def _join_views(x_vb: jax.Array) -> jax.Array:
     return x_vb.swapaxes(0, 1).reshape(-1, *x_vb.shape[2:])
 
 
-def _apply_gradients(
-    state: TrainState, gradients: dict, groups: dict[str, optimizer.Group], depth: int, clock: Clock
+def apply_gradients(
+    state: TrainState,
+    gradients: dict,
+    groups: dict[str, optimizer.Group],
+    depth: int,
+    clock: Clock,
+    betas: tuple[float, float] = optimizer.BETAS,
 ) -> tuple[dict, Any, dict]:
     """New parameters, new moments, and the metrics that every stage shares."""
     peaks, decays = optimizer.plan(state.params, groups, depth)
     factor = clock.factor(state.step)
-    params, moments = optimizer.update(gradients, state.moments, state.params, peaks, decays, factor)
+    params, moments = optimizer.update(gradients, state.moments, state.params, peaks, decays, factor, betas)
     learning_rate = factor * max(group.peak for group in groups.values())
     metrics = {"gradient_norm": optax.tree.norm(gradients), "parameter_norm": optax.tree.norm(params)}
     return params, moments, metrics | {"learning_rate": learning_rate}
 
 
-def _finish(old: TrainState, new: TrainState, metrics: dict) -> tuple[TrainState, dict]:
+def finish(old: TrainState, new: TrainState, metrics: dict) -> tuple[TrainState, dict]:
     """Guard against a non-finite loss, gradient or update, which must change nothing but the clocks."""
     finite = jnp.isfinite(jnp.stack([metrics[name] for name in ("loss", "gradient_norm", "parameter_norm")])).all()
     state = keep_if_finite(finite, old, new)
@@ -132,8 +137,8 @@ def make_pretrain_step(
             total, embeddings = jax.lax.scan(add, (jnp.float32(0), zeros), parts)
             loss, gradients = jax.tree.map(lambda x: x / accumulate, total)
             embedding_bd = embeddings.swapaxes(0, 1).reshape(-1, embeddings.shape[-1])
-        params, moments, metrics = _apply_gradients(state, gradients, groups, encoder.depth, clock)
-        state, metrics = _finish(state, state.replace(params=params, moments=moments), metrics | {"loss": loss})
+        params, moments, metrics = apply_gradients(state, gradients, groups, encoder.depth, clock)
+        state, metrics = finish(state, state.replace(params=params, moments=moments), metrics | {"loss": loss})
         return state, metrics, embedding_bd
 
     return step
@@ -208,7 +213,7 @@ def make_contrastive_step(
         (loss, (stats, targets, neighbors)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
             state.params, state, batch, epoch
         )
-        params, moments, metrics = _apply_gradients(state, gradients, groups, encoder.depth, clock)
+        params, moments, metrics = apply_gradients(state, gradients, groups, encoder.depth, clock)
         everywhere = jax.sharding.NamedSharding(mesh, PartitionSpec())
         entering = [jax.lax.with_sharding_constraint(x, everywhere) for x in (targets[0], batch["id"], batch["label"])]
         new = state.replace(params=params, moments=moments, batch_stats=stats, queue=enqueue(state.queue, *entering))
@@ -218,7 +223,7 @@ def make_contrastive_step(
         if ema_factor is not None:
             new = new.replace(ema=optimizer.moving_average(state.ema, {"encoder": params["encoder"]}, ema_factor))
         metrics |= {"loss": loss} | _neighbor_metrics(state, batch, neighbors[0])
-        state, metrics = _finish(state, new, metrics)
+        state, metrics = finish(state, new, metrics)
         return state, metrics, targets[0]
 
     return step
