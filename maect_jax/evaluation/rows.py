@@ -38,26 +38,27 @@ def check_rows(what: str, features, labels=None, classes: int | None = None) -> 
     return features, labels.astype(np.int32)
 
 
-def hold_out(labels, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(labels, seed: int, one_in: int = HELD_OUT) -> tuple[np.ndarray, np.ndarray]:
     """Splits the train rows: a tenth, of each class its share to within one row, is held out to choose settings on.
 
-    A function of (labels, seed) alone: rows shuffled, sorted by class, every tenth taken.
+    A function of its arguments alone: rows shuffled, sorted by class, every tenth taken.
 
     Args:
       labels: integers [rows].
+      one_in: one row in so many is held out.
 
     Returns:
       row indices, ascending: (kept, held out).
 
     Raises:
-      DataError: fewer than ten rows.
+      DataError: fewer than `one_in` rows.
     """
     labels = np.asarray(labels)
-    if labels.size < HELD_OUT:
-        raise DataError(f"train features: {labels.size} rows; at least {HELD_OUT} are needed to hold out a tenth")
+    if labels.size < one_in:
+        raise DataError(f"train rows: {labels.size}; at least {one_in} are needed to hold out one in {one_in}")
     shuffled = np.random.default_rng(seed).permutation(labels.size)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    held_out = np.sort(by_class[HELD_OUT - 1 :: HELD_OUT])
+    held_out = np.sort(by_class[one_in - 1 :: one_in])
     return np.setdiff1d(by_class, held_out), held_out
 
 
