@@ -55,7 +55,7 @@ def hold_out(labels, seed: int, one_in: int = HELD_OUT) -> tuple[np.ndarray, np.
     """
     labels = np.asarray(labels)
     if labels.size < one_in:
-        raise DataError(f"train rows: {labels.size}; at least {one_in} are needed to hold out one in {one_in}")
+        raise DataError(f"train features: {labels.size} rows; at least {one_in} are needed to hold out one in {one_in}")
     shuffled = np.random.default_rng(seed).permutation(labels.size)
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     held_out = np.sort(by_class[one_in - 1 :: one_in])
