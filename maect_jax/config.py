@@ -16,6 +16,7 @@ from ml_collections.config_dict import placeholder
 
 from maect_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from maect_jax.errors import ConfigError
+from maect_jax.evaluation.task import QUICK
 from maect_jax.models.vit import SIZES
 
 STAGES = ("pretrain", "control", "head", "tune", "evaluate")
@@ -98,7 +99,10 @@ def default() -> ConfigDict:
             "evaluate": {
                 "batch": 256,
                 "every_epochs": 0,  # k-NN during training; 0 = never
-                "online_limit": 10_000,  # pictures of the bank, and at most as many queries, of that k-NN
+                "online_limit": 10_000,  # pictures of each set in that k-NN, and in costly analyses at the end
+                "only": QUICK,  # evaluations, in order; see `evaluation.protocols.EVALUATIONS`
+                "preset": "maect",  # whose protocols: 'maect', 'mae', 'dinov2', 'mimrefiner', 'lightly'
+                "feature_dtype": "float32",  # that cached features are kept in, or 'bfloat16'
                 "probe_epochs": 50,
                 "probe_batch": 1024,
             },

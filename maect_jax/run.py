@@ -1,34 +1,30 @@
 """One run: command line -> settings -> data -> devices -> stages -> report. Errors end it with one clear message."""
 
 import argparse
-import importlib.metadata
 import json
-import logging
 import os
 import platform
-import sys
-from pathlib import Path
 
 import jax
 import yaml
-from absl import logging as absl_logging
 from etils import epath
 from ml_collections import ConfigDict
 
-import maect_jax
 from maect_jax import config as settings
 from maect_jax import config_checks
 from maect_jax.context import Run
 from maect_jax.data.sources import Source, open_source
-from maect_jax.errors import ConfigError, DataError, MaectError
+from maect_jax.errors import ConfigError, DataError
+from maect_jax.handover import check_order
 from maect_jax.parallel.mesh import make_mesh
 from maect_jax.report.html import write_report
-from maect_jax.stages import check_order, run_stages
+from maect_jax.results.record import software
+from maect_jax.stages import run_stages
+from maect_jax.terminal import guard, use_compilation_cache
 from maect_jax.training.checkpoint import absolute, newest_step_folder, write_json
 from maect_jax.training.logbook import Logbook
 from maect_jax.training.stop import StopRequest
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain", "numpy")
 # Settings that may differ when a work folder is continued: they do not change what is learned.
 FREE_TO_CHANGE = ("stages", "init_from", "log_every", "checkpoint.", "evaluate.", "data.workers", "data.resident_gib")
 FREE_TO_CHANGE += ("mesh.", "model.remat")
@@ -36,26 +32,15 @@ FREE_TO_CHANGE += ("mesh.", "model.remat")
 
 def main(arguments: list[str]) -> int:
     """Runs the command line; returns the exit status."""
-    absl_logging.set_verbosity(absl_logging.ERROR)  # what Orbax, TFDS and Grain tell their developers
-    logging.getLogger("maect_jax").handlers[:] = [logging.StreamHandler()]  # what this program tells its users
-    logging.getLogger("maect_jax").propagate = False
-    try:
+
+    def action() -> None:
         config_path, workdir, overrides = parse(arguments)
         config = settings.load(config_path, overrides)
         if problems := config_checks.check(config):
             raise ConfigError(problems)
         run(config, workdir)
-        return 0
-    except MaectError as error:
-        print(f"{_KIND.get(error.status, 'error')}:\n{_indent(str(error))}", file=sys.stderr, flush=True)
-        return error.status
 
-
-_KIND = {2: "config error", 3: "data error", 4: "checkpoint error", 5: "numerics error", 6: "stopped"}
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.splitlines())
+    return guard(action)
 
 
 def parse(arguments: list[str]) -> tuple[str, str, dict[str, str]]:
@@ -114,7 +99,7 @@ def _run(config: ConfigDict, root: epath.Path, stop: StopRequest) -> epath.Path:
     if has_begun(root):
         compare_with_earlier(config, data, root)
     stop.raise_if_requested("before anything was trained")
-    _use_compilation_cache()
+    use_compilation_cache()
     if problems := config_checks.check_devices(config, jax.device_count()):
         raise ConfigError(problems)
     leader = jax.process_index() == 0
@@ -195,23 +180,7 @@ def compare_with_earlier(config: ConfigDict, data: dict, root: epath.Path) -> No
 
 def environment() -> dict:
     """Versions and devices of this run, for `environment.json`; nothing of the process's environment variables."""
-    devices = jax.devices()
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "maect_jax": maect_jax.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
-        "processes": jax.process_count(),
-        "cpus": os.cpu_count(),
-    } | versions
-
-
-def _use_compilation_cache() -> None:
-    """A second start does not compile again; JAX_COMPILATION_CACHE_DIR, where set, says where."""
-    if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maect_jax"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    return {"platform": platform.platform(), "cpus": os.cpu_count()} | software()
 
 
 def _write(path: epath.Path, text: str) -> None:

@@ -52,6 +52,14 @@ class Source:
         """What the sample ids depend on, as a short text: another digest, other pictures behind the ids."""
         return f"{len(self)} pictures"
 
+    def fingerprint(self) -> str:
+        """Another text whenever a picture or label may have changed; found without decoding, for what is cached."""
+        raise NotImplementedError
+
+    def file_names(self) -> list[str]:
+        """A name for each picture, in the order of the ids: its file where it has one, else '<set>/<id>'."""
+        return [f"{self.name}/{index}" for index in range(len(self))]
+
     def sample(self, index: int) -> tuple[np.ndarray, int]:
         """(pixels uint8 [h, w, c], label), by one read."""
         return self.image(index), int(self.labels[index])
@@ -70,6 +78,12 @@ class ArraySource(Source):
 
     def image(self, index: int) -> np.ndarray:
         return self.images[index]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.images.shape}".encode())
+        digest.update(np.ascontiguousarray(self.images))
+        digest.update(np.ascontiguousarray(self.labels))
+        return digest.hexdigest()
 
 
 class FolderSource(Source):
@@ -95,6 +109,16 @@ class FolderSource(Source):
     def digest(self) -> str:
         names = "\n".join(self.files).encode(errors="surrogateescape")
         return f"{len(self)} pictures, names {hashlib.sha256(names).hexdigest()[:16]}"
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(np.ascontiguousarray(self.labels))
+        for index, name in enumerate(self.files):
+            found = os.stat(self.path(index))
+            digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def file_names(self) -> list[str]:
+        return list(self.files)
 
 
 def open_source(

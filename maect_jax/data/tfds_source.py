@@ -1,6 +1,7 @@
 """TFDS data sets as a `Source`: prepared ArrayRecord files, read without TensorFlow."""
 
 import difflib
+import hashlib
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,17 @@ class TfdsSource(Source):
     def _labels_from(self, start: int) -> np.ndarray:
         stop = min(start + 1024, len(self))
         return np.array([self._records[i][self.label_key] for i in range(start, stop)], np.int32)
+
+    def fingerprint(self) -> str:
+        info = self._builder.info
+        files = [(path, os.stat(path)) for path in sorted(map(str, info.splits[self.split].filepaths))]
+        facts = [f"{os.path.basename(path)}\0{stat.st_size}\0{stat.st_mtime_ns}" for path, stat in files]
+        return hashlib.sha256("\n".join([info.full_name, self.split, *facts]).encode()).hexdigest()
+
+    def file_names(self) -> list[str]:
+        if "file_name" not in self._builder.info.features:
+            return super().file_names()
+        return [os.fsdecode(self._records[i]["file_name"]) for i in range(len(self))]
 
     def __len__(self) -> int:
         return len(self._records)

@@ -82,8 +82,8 @@ def final_states(workdir: Path) -> dict[str, str]:
     import jax
     from etils import epath
 
-    from maect_jax.evaluation.records import weights_hash
     from maect_jax.parallel.mesh import make_mesh, replicated
+    from maect_jax.results.record import weights_hash
     from maect_jax.training.checkpoint import newest_step_folder, read_arrays, saved_tree
 
     sharding = replicated(make_mesh(devices=jax.devices()[:1]))

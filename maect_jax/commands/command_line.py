@@ -1,0 +1,21 @@
+"""python -m maect_jax COMMAND …: finds the command and runs it."""
+
+from maect_jax.commands import compare, embed, evaluate
+from maect_jax.terminal import Parser, guard
+
+COMMANDS = {"evaluate": evaluate, "embed": embed, "compare": compare}
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command line; returns the exit status."""
+
+    def action() -> None:
+        parser = Parser(prog="python -m maect_jax", description=__doc__)
+        commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser, metavar="COMMAND")
+        for name, module in COMMANDS.items():
+            summary, _, more = module.__doc__.partition("\n")
+            module.add_arguments(commands.add_parser(name, help=summary, description=summary + more))
+        chosen = parser.parse_args(arguments)
+        COMMANDS[chosen.command].main(chosen)
+
+    return guard(action)

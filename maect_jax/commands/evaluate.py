@@ -1,0 +1,159 @@
+"""Measures weights on labelled pictures: k-NN, probes, low-shot, clustering, fine-tuning and more.
+
+Numbers are added to results.jsonl in the work folder, with a report beside it; features are cached there, so that a
+second call reads them.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import jax
+from etils import epath
+
+from maect_jax.config import default
+from maect_jax.data.sources import Source, open_source
+from maect_jax.errors import ConfigError
+from maect_jax.evaluation import protocols, suite
+from maect_jax.evaluation.task import DTYPES, QUICK, Settings
+from maect_jax.parallel.mesh import make_mesh
+from maect_jax.report.html import write_report
+from maect_jax.terminal import use_compilation_cache
+from maect_jax.training.checkpoint import absolute
+from maect_jax.training.stop import StopRequest
+from maect_jax.weights import open_weights, run_folder, run_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    weights = "work folder of a run, a stage or checkpoint in it, or a weights file (.safetensors, .pth, .th)"
+    parser.add_argument("--weights", nargs="+", required=True, metavar="PATH", help=weights)
+    data = "'digits', a folder of class folders, or a TFDS name; without it the run's own"
+    parser.add_argument("--train", metavar="DATA", help=f"training pictures: {data}")
+    parser.add_argument("--test", metavar="DATA", help="test pictures; without it those of --train")
+    names = ", ".join(protocols.EVALUATIONS)
+    parser.add_argument("--only", metavar="NAME,…", help=f"of {names}; without it {', '.join(QUICK)}")
+    parser.add_argument("--preset", default="maect", help=f"whose protocols: {', '.join(protocols.PRESETS)}")
+    parser.add_argument("--workdir", metavar="FOLDER", help="results go there; without it the run's own, or runs/…")
+    parser.add_argument("--robustness", metavar="DATA,…", help="further test sets for the unchanged linear probe")
+    parser.add_argument("--lists", metavar="FOLDER", default="", help="official split lists (docs/evaluation.md)")
+    parser.add_argument("--pooling", choices=("cls", "mean"), help="instead of the model's own feature")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="instead of the model's own")
+    parser.add_argument("--feature-dtype", choices=tuple(DTYPES), default="float32", help="of cached features")
+    parser.add_argument("--batch", type=int, default=256, help="pictures at a time, over all devices")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes; 0 = threads")
+    parser.add_argument("--limit", type=int, default=10_000, help="pictures that costly analyses look at")
+    parser.add_argument("--probe-from", choices=("features", "images"), default="features", help="images: augmented")
+    parser.add_argument("--probe-epochs", type=int, metavar="N", help="instead of the preset's")
+    parser.add_argument("--probe-batch", type=int, metavar="N", help="instead of the preset's")
+    parser.add_argument("--finetune-epochs", type=int, metavar="N", help="instead of the recipe's")
+    parser.add_argument("--finetune-batch", type=int, metavar="N", help="instead of the recipe's")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that share one copy of the parameters")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Names of the training and test pictures, and where results go."""
+
+    train: str
+    test: str
+    workdir: epath.Path
+
+
+def main(arguments: argparse.Namespace) -> None:
+    settings = settings_of(arguments)
+    suite.check_settings(settings)
+    data = data_of(arguments.weights, arguments.train, arguments.test, arguments.workdir)
+    use_compilation_cache()
+    check_devices(arguments.fsdp, arguments.batch)
+    mesh = make_mesh(arguments.fsdp)
+    options = mesh, arguments.pooling, arguments.image_size
+    subjects = [subject for path in arguments.weights for subject in open_weights(path, *options)]
+    train, test = open_pair(data, subjects[0].channels)
+    leader = jax.process_index() == 0
+    data.workdir.mkdir(parents=True, exist_ok=True)
+
+    def say(text: str) -> None:
+        if leader:
+            print(text, flush=True)
+
+    with StopRequest() as stop:
+        suite.evaluate(subjects, train, test, settings, suite.Place(mesh, data.workdir, stop, say, leader))
+    if leader:
+        print(write_report(data.workdir), flush=True)
+
+
+def settings_of(arguments: argparse.Namespace) -> Settings:
+    """The command line as settings of the suite.
+
+    Raises:
+      ConfigError: a number that is not positive.
+    """
+    positive = ("batch", "limit", "image_size", "probe_epochs", "probe_batch", "finetune_epochs", "finetune_batch")
+    wrong = [name for name in positive if (value := getattr(arguments, name)) is not None and value < 1]
+    if wrong:
+        raise ConfigError(
+            [f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1" for name in wrong]
+        )
+    return Settings(
+        only=_names(arguments.only) or QUICK,
+        preset=arguments.preset,
+        batch=arguments.batch,
+        workers=arguments.workers,
+        limit=arguments.limit,
+        feature_dtype=arguments.feature_dtype,
+        probe_epochs=arguments.probe_epochs,
+        probe_batch=arguments.probe_batch,
+        probe_from=arguments.probe_from,
+        finetune_epochs=arguments.finetune_epochs,
+        finetune_batch=arguments.finetune_batch,
+        lists=arguments.lists,
+        robustness=_names(arguments.robustness),
+    )
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def data_of(weights: list[str], train: str | None, test: str | None, workdir: str | None) -> Data:
+    """Which pictures, and where results go, when the command line leaves some of it open.
+
+    A run knows its pictures, and its results stand in its own folder; results on other pictures stand below it, those
+    of a weights file in `runs/<file>/<data>`.
+
+    Raises:
+      ConfigError: a weights file without --train.
+    """
+    root = run_folder(weights[0])
+    own = run_settings(root) if root is not None else default()
+    if not train and root is None:
+        raise ConfigError(f"--train is missing: '{weights[0]}' is not a run that knows its pictures; give --train=DATA")
+    is_own = root is not None and train in (None, own.data.train) and test in (None, own.data.test, own.data.train)
+    name = epath.Path(train or own.data.train).name
+    if workdir:
+        folder = absolute(workdir)
+    elif root is not None:
+        folder = root if is_own else root / "transfer" / name
+    else:
+        folder = absolute("runs") / epath.Path(weights[0]).stem / name
+    train_name = train or own.data.train
+    return Data(train_name, test or (own.data.test if is_own else "") or train_name, folder)
+
+
+def open_pair(data: Data, channels: int) -> tuple[Source, Source]:
+    """Training and test pictures.
+
+    Raises:
+      DataError: see `data.sources.open_source`.
+    """
+    train = open_source(data.train, "train", channels=channels, key="--train")
+    return train, open_source(data.test, "test", channels=channels, classes=train.classes or None, key="--test")
+
+
+def check_devices(fsdp: int, batch: int) -> None:
+    """Raises ConfigError when the devices do not divide."""
+    devices = jax.device_count()
+    if devices % fsdp:
+        raise ConfigError(f"--fsdp {fsdp}: must divide the {devices} devices")
+    if batch % devices:
+        near = devices * max(1, round(batch / devices))
+        raise ConfigError(f"--batch {batch}: the {devices} devices must divide it; for instance {near}")

@@ -1,0 +1,171 @@
+"""Every asked-for evaluation on every set of weights; the numbers go to `results.jsonl` as soon as they are known.
+
+What a protocol measures is in `protocols`; here each measurement becomes a record: with the transform, the types and
+the hashes of the data it was made from, its bootstrap interval, and what it cost.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from maect_jax.data.sources import Source
+from maect_jax.errors import ConfigError
+from maect_jax.evaluation import data_checks, figures, protocols
+from maect_jax.evaluation.cache import FeatureCache
+from maect_jax.evaluation.features import Features
+from maect_jax.evaluation.task import Measurement, Settings, Task, Weights, data_hash
+from maect_jax.results.bootstrap import interval
+from maect_jax.results.record import Record, add_records, weights_hash
+from maect_jax.training.checkpoint import write_json
+from maect_jax.training.stop import StopRequest
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an evaluation runs and what it writes to.
+
+    Attributes:
+      mesh: devices.
+      workdir: gets `results.jsonl`, `features/`, `figures/` and what an evaluation has to keep.
+      stop: asked now and then.
+      say: prints a line, on one process.
+      leader: this process writes.
+    """
+
+    mesh: Mesh
+    workdir: epath.Path
+    stop: StopRequest
+    say: Callable[[str], None]
+    leader: bool = True
+
+
+def evaluate(weights: Iterable[Weights], train: Source, test: Source, settings: Settings, place: Place) -> list[Record]:
+    """Runs `settings.only` on each of the weights, which are read one after the other.
+
+    Args:
+      train, test: labelled pictures of the same classes.
+
+    Returns:
+      the records, in the order in which they were made.
+
+    Raises:
+      ConfigError: a setting that can not work. DataError: the data do not fit each other.
+    """
+    check_settings(settings)
+    data_checks.check_classes(train, test)
+    records: list[Record] = []
+    for subject in weights:
+        task = make_task(subject, train, test, settings, place)
+        wanted = {name for evaluation in settings.only for name in protocols.needs(evaluation, task)}
+        features = task.features(sorted(wanted) or [subject.pooling])
+        data = _describe(task, features, warn=not records)
+        for evaluation in settings.only:
+            task.check()
+            began, task.cached = time.perf_counter(), True
+            found = list(protocols.EVALUATIONS[evaluation](task))
+            cost = {"seconds": round(time.perf_counter() - began, 3), "cache": task.cached}
+            new = [_record(task, evaluation, measured, data, cost) for measured in found]
+            if place.leader and new:
+                add_records(place.workdir / "results.jsonl", new)
+            records += new
+            for record in new:
+                place.say(_line(record))
+    return records
+
+
+def picture_neighbors(weights: Iterable[Weights], train: Source, settings: Settings, place: Place) -> None:
+    """Pictures of training pictures and their neighbours, where there is nothing labelled to test on."""
+    for subject in weights:
+        task = make_task(subject, train, train, settings, place)
+        features = task.features([subject.pooling])
+        if place.leader:
+            figures.save_neighbors(task, *features)
+
+
+def make_task(subject: Weights, train: Source, test: Source, settings: Settings, place: Place) -> Task:
+    params = subject.load()
+    return Task(
+        weights=subject,
+        params=params,
+        sha256=weights_hash(params),
+        train=train,
+        test=test,
+        mesh=place.mesh,
+        settings=settings,
+        folder=place.workdir,
+        cache=FeatureCache(place.workdir / "features", place.leader),
+        stop=place.stop,
+        say=place.say,
+        leader=place.leader,
+    )
+
+
+def check_settings(settings: Settings) -> None:
+    """Raises ConfigError for an evaluation or preset that does not exist, with the nearest that does."""
+    problems = protocols.unknown("--only", settings.only, protocols.EVALUATIONS)
+    problems += protocols.unknown("--preset", [settings.preset], protocols.PRESETS)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _describe(task: Task, features: tuple[Features, Features], warn: bool) -> dict:
+    """What a record says of the data; checks it, and writes `shared.json` for the report.
+
+    Raises:
+      DataError: see `data_checks.check_labels`.
+    """
+    sources = {"train": task.train, "test": task.test}
+    for (what, source), found in zip(sources.items(), features):
+        data_checks.check_labels(what, source, found.labels)
+    shared = data_checks.shared_pictures(*features)
+    if len(shared) and warn:
+        ids = features[0].ids, features[1].ids
+        task.say("warning: " + data_checks.describe_shared(task.train, task.test, shared, ids))
+    if task.leader:
+        write_json(task.folder / "shared.json", {"shared": len(shared), "test_pictures": len(features[1].ids)})
+    data = {
+        what: {"name": source.name, "rows": len(found.ids), "hash": data_hash(found)}
+        for (what, source), found in zip(sources.items(), features)
+    }
+    data["test"]["shared_with_train"] = len(shared)
+    return data
+
+
+def _record(task: Task, evaluation: str, measured: Measurement, data: dict, cost: dict) -> Record:
+    encoder, weights = task.weights.encoder, task.weights
+    protocol = measured.protocol | {"classes": len(task.classes), "transform": task.transform(), "dtype": task.dtypes()}
+    protocol |= data | ({"test": measured.test} if measured.test else {})
+    per_picture = measured.per_picture
+    return Record(
+        stage=weights.stage,
+        seed=weights.seed,
+        evaluation=evaluation,
+        metric=measured.metric,
+        value=float(measured.value),
+        unit=measured.unit,
+        interval=None if per_picture is None else interval(np.asarray(per_picture, np.float64)),
+        std=None if measured.std is None else float(measured.std),
+        values=None if measured.values is None else [float(value) for value in measured.values],
+        protocol=protocol,
+        found=measured.found,
+        weights={"sha256": task.sha256} | weights.origin,
+        model={name: getattr(encoder, name) for name in ("width", "depth", "heads", "patch", "image_size")},
+        cost=cost,
+    )
+
+
+def _line(record: Record) -> str:
+    percent = record.unit == "fraction"
+
+    def show(value: float) -> str:
+        return f"{100 * value:.1f}" if percent else f"{value:.4g}"
+
+    text = f"evaluate {record.stage:9} {record.protocol['name']:28} {record.metric} {show(record.value)}"
+    text += " %" if percent else ""
+    if record.interval:
+        text += f"  [{show(record.interval[0])}, {show(record.interval[1])}]"
+    return text + (f"  ± {show(record.std)}" if record.std is not None else "")

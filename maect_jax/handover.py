@@ -1,0 +1,160 @@
+"""What one stage takes from another: the parts of a complete stage, and which folder a stage starts from.
+
+A complete stage has `DONE.json` with the hash of the encoder it stands for; what is read is checked against it.
+"""
+
+import json
+
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from maect_jax.config import TRAINED
+from maect_jax.context import Run
+from maect_jax.errors import CheckpointError, ConfigError
+from maect_jax.models.vit import join_blocks
+from maect_jax.parallel.mesh import replicated
+from maect_jax.results.record import weights_hash
+from maect_jax.training.checkpoint import absolute, compare_trees, newest_step_folder, read_arrays
+
+BEFORE = {"control": "pretrain", "head": "pretrain", "tune": "head"}
+EVALUATED = ("pretrain", "control", "tune")
+
+_PARTS = ("params", "frozen", "ema", "batch_stats", "queue")
+
+
+def parts_of(state) -> dict:
+    """What another stage may take of a train state, as `read_stage` returns it."""
+    return {name: getattr(state, name) for name in _PARTS}
+
+
+def encoder_of(parts: dict) -> dict:
+    """The encoder a stage stands for: its moving average (tuning), what it kept frozen (head), or what it trained."""
+    if parts["ema"]:
+        return join_blocks(parts["ema"]["encoder"], parts["frozen"]["encoder"])
+    return (parts["frozen"] or parts["params"])["encoder"]
+
+
+def raw_encoder_of(parts: dict) -> dict | None:
+    """The encoder as trained, where `encoder_of` gives its moving average; else None."""
+    return join_blocks(parts["params"]["encoder"], parts["frozen"]["encoder"]) if parts["ema"] else None
+
+
+def read_done(folder: epath.Path) -> dict:
+    """What `DONE.json` of a complete stage says: stage, step, seconds, weights.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    path = folder / "DONE.json"
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); remove it to train the end of this stage again") from None
+
+
+def read_step(folder: epath.Path, mesh: Mesh, mend: str = "give another checkpoint") -> dict:
+    """The parts of the checkpoint in a step's folder, replicated, as `parts_of`.
+
+    Raises:
+      CheckpointError: it can not be read.
+    """
+    return read_arrays(folder, _PARTS, replicated(mesh), mend)
+
+
+def read_stage(folder: epath.Path, mesh: Mesh) -> tuple[dict, epath.Path]:
+    """The parts of a complete stage's last checkpoint, replicated, and its folder.
+
+    Raises:
+      CheckpointError: it is not there, can not be read, or does not hold the weights that the stage ended with.
+    """
+    done = read_done(folder)
+    found = folder / "checkpoints" / str(done["step"])
+    mend = f"remove {folder / 'DONE.json'} to train the end of this stage again, or give another run"
+    if not found.exists():
+        raise CheckpointError(f"{found}: the last checkpoint of a complete stage is gone; {mend}")
+    parts = read_step(found, mesh, mend)
+    if weights_hash(encoder_of(parts)) != done["weights"]:
+        raise CheckpointError(f"{found}: does not hold the weights that this stage ended with; {mend}")
+    return parts, found
+
+
+def evaluated_folders(config: ConfigDict, workdir: epath.Path) -> dict[str, epath.Path]:
+    """Stage -> folder of every complete stage there is to evaluate.
+
+    A run that started from an earlier one is compared with that one's pre-training.
+    """
+    folders = {stage: workdir / stage for stage in EVALUATED}
+    earlier = absolute(config.init_from or ".")
+    if config.init_from and not (folders["pretrain"] / "DONE.json").exists():
+        folders["pretrain"] = earlier if earlier.name == "pretrain" else earlier / "pretrain"
+    return {stage: folder for stage, folder in folders.items() if (folder / "DONE.json").exists()}
+
+
+def check_order(config: ConfigDict, workdir: epath.Path) -> list[str]:
+    """A sentence for each stage of `config.stages` that will have nothing to start from; looks at files only."""
+    problems = []
+    for i, stage in enumerate(config.stages):
+        before = BEFORE.get(stage)
+        begun = newest_step_folder(workdir / stage) is not None
+        if before in config.stages[:i] or begun or stage == "evaluate":
+            continue
+        try:
+            if before and _source_folder(config, workdir, before) is None:
+                problems.append(
+                    f"config.stages: '{stage}' starts from the stage '{before}', which is not complete in {workdir}; "
+                    "add it to config.stages, or give the folder of a run that has it as --config.init_from"
+                )
+            elif not before:
+                _init_folder(config.init_from, stage)
+        except ConfigError as error:
+            problems += error.problems
+    return problems
+
+
+def _source_folder(config: ConfigDict, workdir: epath.Path, before: str) -> epath.Path | None:
+    """Folder of the complete stage `before`: in the work folder, else what `init_from` means, else None."""
+    folder = workdir / before
+    return folder if (folder / "DONE.json").exists() else _init_folder(config.init_from, before)
+
+
+def stage_sources(run: Run, stage: str, wanted: dict) -> dict:
+    """What `stage` starts from, of the shapes `wanted`; {} for a pre-training from scratch.
+
+    Raises:
+      ConfigError: `init_from` does not have what this stage starts from.
+      CheckpointError: it can not be read, or is of another architecture.
+    """
+    before = BEFORE.get(stage)
+    config, workdir = run.config, run.workdir
+    folder = _source_folder(config, workdir, before) if before else _init_folder(config.init_from, stage)
+    if folder is None:
+        return {}  # `check_order` has seen to it that only pre-training comes here
+    parts, found = read_stage(folder, run.mesh)
+    sources = {"encoder": encoder_of(parts)}
+    if stage in ("pretrain", "control") and "decoder" in parts["params"]:
+        sources["decoder"] = parts["params"]["decoder"]
+    if stage == "tune":
+        if not parts["queue"]:
+            raise ConfigError(f"config.init_from: {folder} has no head to tune with; add 'head' to config.stages")
+        sources |= {name: parts[name] for name in ("params", "batch_stats", "queue")}
+        sources["params"] = {name: parts["params"][name] for name in ("projector", "predictor")}
+    compare_trees(sources, {name: wanted[name] for name in sources}, str(found))
+    return sources
+
+
+def _init_folder(init_from: str, stage: str) -> epath.Path | None:
+    """The stage folder that `init_from` means: itself, or the stage of that name in it."""
+    if not init_from:
+        return None
+    root = absolute(init_from)
+    if not root.exists():
+        raise ConfigError(f"config.init_from: no folder '{init_from}'; give the work folder of an earlier run")
+    for folder in (root, root / stage):
+        if (folder / "checkpoints").is_dir() and (folder / "DONE.json").exists():
+            return folder
+    have = [name for name in TRAINED if (root / name / "DONE.json").exists()]
+    raise ConfigError(
+        f"config.init_from: '{init_from}' has no complete stage '{stage}' (complete are: {', '.join(have) or 'none'}); "
+        "give another run"
+    )
