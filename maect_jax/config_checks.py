@@ -7,6 +7,8 @@ from ml_collections import ConfigDict
 
 from maect_jax.config import STAGES, TRAINED, flatten
 from maect_jax.data.augment import AUGMENTATIONS
+from maect_jax.evaluation.protocols import EVALUATIONS, PRESETS, unknown
+from maect_jax.evaluation.task import DTYPES
 from maect_jax.objectives.masking import patches_to_keep
 
 
@@ -40,7 +42,7 @@ def check(config: ConfigDict) -> list[str]:
         need(len(config.data[key]) == model.channels, f"data.{key}", f"needs {model.channels} values, one a channel")
     need(all(s > 0 for s in config.data.std), "data.std", "must be positive")
     need(config.data.resize_ratio >= 1, "data.resize_ratio", "must be at least 1")
-    problems += _check_stages(config)
+    problems += _check_stages(config) + _check_evaluation(config)
     patches = (model.image_size // model.patch) ** 2
     ratio = config.pretrain.mask_ratio
     good_ratio = 0 < ratio < 1 and 0 < patches_to_keep(patches, ratio) < patches
@@ -87,6 +89,16 @@ def _check_stages(config: ConfigDict) -> list[str]:
     if list(stages) != [stage for stage in STAGES if stage in stages]:
         return [f"config.stages = {stages!r}: each at most once, in the order {known}"]
     return []
+
+
+def _check_evaluation(config: ConfigDict) -> list[str]:
+    asked = config.evaluate
+    tables = (
+        (asked.only, EVALUATIONS, "only"),
+        ((asked.preset,), PRESETS, "preset"),
+        ((asked.feature_dtype,), DTYPES, "feature_dtype"),
+    )
+    return [problem for names, table, key in tables for problem in unknown(f"config.evaluate.{key}", names, table)]
 
 
 _AT_LEAST_ONE = ("epochs", "top_k", "queue")

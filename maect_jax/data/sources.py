@@ -60,6 +60,10 @@ class Source:
         """A name for each picture, in the order of the ids: its file where it has one, else '<set>/<id>'."""
         return [f"{self.name}/{index}" for index in range(len(self))]
 
+    def label_sets(self) -> list[np.ndarray] | None:
+        """All right labels of each picture, where a picture may have several or none; None where it has just one."""
+        return None
+
     def sample(self, index: int) -> tuple[np.ndarray, int]:
         """(pixels uint8 [h, w, c], label), by one read."""
         return self.image(index), int(self.labels[index])

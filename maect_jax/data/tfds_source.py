@@ -76,6 +76,17 @@ class TfdsSource(Source):
             return super().file_names()
         return [os.fsdecode(self._records[i]["file_name"]) for i in range(len(self))]
 
+    def label_sets(self) -> list[np.ndarray] | None:
+        features = self._builder.info.features
+        several = [
+            key
+            for key, feature in features.items()
+            if isinstance(feature, tfds.features.Sequence) and isinstance(feature.feature, tfds.features.ClassLabel)
+        ]
+        if not several:
+            return None
+        return [np.asarray(self._records[i][several[0]], np.int64) for i in range(len(self))]
+
     def __len__(self) -> int:
         return len(self._records)
 
