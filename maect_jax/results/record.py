@@ -1,7 +1,8 @@
 """One line of `results.jsonl` for every number, with all that is needed to make it again or compare it.
 
-Lines are only ever added; of several with one identity (stage, seed, evaluation, metric, protocol name) the newest
-counts. What lies under 'protocol' decides whether two numbers may stand side by side; everything else is told.
+Lines are only ever added; of several with one identity (stage, seed, evaluation, metric, names of protocol and test
+set) the newest counts. What lies under 'protocol' decides whether two numbers may stand side by side; everything else
+is told beside it.
 """
 
 import hashlib
@@ -85,9 +86,10 @@ def weights_hash(params: dict) -> str:
 
 
 def identity(record: dict) -> tuple:
-    """What two records must share for the newer one to replace the older."""
-    keys = ("stage", "seed", "evaluation", "metric")
-    return (*(record.get(key) for key in keys), record["protocol"]["name"])
+    """What two records must share for the newer one to replace the older: subject, protocol and test set by name."""
+    keys, protocol = ("stage", "seed", "evaluation", "metric"), record["protocol"]
+    test = protocol.get("test")
+    return (*(record.get(key) for key in keys), protocol["name"], test.get("name") if isinstance(test, dict) else test)
 
 
 def add_records(path: epath.Path, records: Iterable[Record]) -> None:
