@@ -12,6 +12,7 @@ Only methods of arrays are used on the way out, so `to_layout` also runs under `
 Sources: released files of MAE, MAE-CT, timm 1.0.31, transformers 4.57.1 and 5.23.0.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -201,13 +202,14 @@ def to_layout(
     """
     leaves = _flatten(tree)
     rows = _rows(layout)
-    _refuse(layout, "this tree", {row.path for row in rows if row.path}, leaves)
+    _refuse(layout, "this tree", _differences({row.path for row in rows if row.path}, leaves))
     tensors = {}
     for row in rows:
         if row.kind == "count":
             tensors[row.names[0]] = np.asarray(batches_tracked, np.int64)
         elif row.kind == "positions":
-            width = leaves[f"{_part_of(row)}.norm.scale"].shape[-1]
+            part = "decoder" if "decoder" in row.names[0] else "encoder"
+            width = leaves[f"{part}.norm.scale"].shape[-1]
             tensors[row.names[0]] = _positions(layout, width, grid)
         else:
             leaf = leaves[row.path]
@@ -228,25 +230,13 @@ def from_layout(tensors: Mapping[str, np.ndarray], layout: str) -> dict:
       CheckpointError: tensors are missing, unexpected or of a shape that does not fit the others, or a position table
         differs from the fixed sine-cosine table. All are listed.
     """
-    rows = _rows(layout)
-    depths = {row.path.split(".")[0]: _depth(tensors, row.names[0]) for row in rows if "{i}" in row.names[0]}
-
-    def blocks_of(row):
-        return range(depths[row.path.split(".")[0]]) if "{i}" in row.names[0] else (0,)
-
-    wanted = {name.format(i=i) for row in rows for i in blocks_of(row) for name in row.names}
-    _refuse(layout, "these tensors", wanted, tensors)
-    problems, sizes, leaves = [], {}, {}
-    for row in rows:
-        shape = [_split_size(axis) for axis in row.shape.split()]
-        shape[:1] = [(times / len(row.names), letter) for times, letter in shape[:1]]
-        for i in blocks_of(row):
-            for name in row.names:
-                problems += _check_shape(name.format(i=i), np.shape(tensors[name.format(i=i)]), shape, sizes)
-    if problems:
-        raise CheckpointError(f"{layout}: tensors of unexpected shape:\n  " + "\n  ".join(problems))
-    for row in rows:
-        parts = [[np.asarray(tensors[name.format(i=i)]) for name in row.names] for i in blocks_of(row)]
+    found = misfits(tensors, layout)
+    _refuse(layout, "these tensors", found)
+    if found["misshaped"]:
+        raise CheckpointError(f"{layout}: tensors of unexpected shape:\n  " + "\n  ".join(found["misshaped"]))
+    problems, leaves = [], {}
+    for row, blocks in _places(tensors, layout):
+        parts = [[np.asarray(tensors[name]) for name in names] for names in blocks]
         if row.kind == "positions":
             problems += _check_positions(layout, row.names[0], parts[0][0])
         elif row.path:
@@ -257,25 +247,54 @@ def from_layout(tensors: Mapping[str, np.ndarray], layout: str) -> dict:
     return _unflatten(leaves)
 
 
+def misfits(tensors: Mapping[str, np.ndarray], layout: str) -> dict[str, list[str]]:
+    """What keeps tensors from having the names and shapes of a layout; three empty lists when nothing does.
+
+    Returns:
+      'missing' and 'unexpected': names, sorted. 'misshaped': a sentence each on tensors that do not fit the others.
+    """
+    places = _places(tensors, layout)
+    wanted = {name for _, blocks in places for names in blocks for name in names}
+    problems, sizes = [], {}
+    for row, blocks in places:
+        shape = [_split_size(axis) for axis in row.shape.split()]
+        shape[:1] = [(times / len(row.names), letter) for times, letter in shape[:1]]
+        for name in (name for names in blocks for name in names if name in tensors):
+            wrong = _check_shape(name, np.shape(tensors[name]), shape, sizes)
+            if row.kind == "positions" and not wrong:
+                wrong = _check_grid(layout, name, *tensors[name].shape[1:])
+            problems += wrong
+    return {**_differences(wanted, tensors), "misshaped": problems}
+
+
 def _rows(layout: str) -> list[Row]:
     if layout not in LAYOUTS:
         raise CheckpointError(f"no layout '{layout}'; there is {', '.join(LAYOUTS)}")
     return LAYOUTS[layout]
 
 
-def _part_of(row: Row) -> str:
-    return "decoder" if "decoder" in row.names[0] else "encoder"
+def _places(tensors: Mapping, layout: str) -> list[tuple[Row, list[list[str]]]]:
+    """Each row with the names of its parts in each block, up to the highest index of the tensors: gaps show as missing.
+
+    An index of more than three digits is no block.
+    """
+    places = []
+    for row in _rows(layout):
+        blocks = range(1)
+        if "{i}" in row.names[0]:
+            inside = re.compile(re.escape(row.names[0].split("{i}")[0]) + r"(\d{1,3})\.")
+            blocks = range(max([int(m[1]) for name in tensors if (m := inside.match(name))], default=0) + 1)
+        places.append((row, [[name.format(i=i) for name in row.names] for i in blocks]))
+    return places
 
 
-def _depth(tensors: Mapping, template: str) -> int:
-    """Blocks a file holds: the highest index + 1, so that a gap shows as missing tensors; at least 1."""
-    pattern = re.compile(re.escape(template.split("{i}")[0]) + r"(\d+)\.")
-    return max([int(m[1]) for name in tensors if (m := pattern.match(name))], default=0) + 1
+def _differences(wanted: set[str], there: Mapping) -> dict[str, list[str]]:
+    return {"missing": sorted(wanted - there.keys()), "unexpected": sorted(there.keys() - wanted)}
 
 
-def _refuse(layout: str, what: str, wanted: set[str], there: Mapping) -> None:
-    """Raises when the names differ, listing all of them."""
-    lists = {"missing": sorted(wanted - there.keys()), "unexpected": sorted(there.keys() - wanted)}
+def _refuse(layout: str, what: str, differences: Mapping[str, list[str]]) -> None:
+    """Raises when there are names in `differences`, listing all of them."""
+    lists = {title: differences[title] for title in ("missing", "unexpected")}
     if any(lists.values()):
         text = "\n".join(f"{title}: {', '.join(names)}" for title, names in lists.items() if names)
         raise CheckpointError(f"{what} do not fit the layout '{layout}'\n{text}")
@@ -292,7 +311,7 @@ def _check_shape(name: str, found: tuple[int, ...], shape: list[tuple[float, str
     if len(found) == len(shape):
         for size, (times, letter) in zip(found, shape):
             if letter:
-                sizes.setdefault(letter, round(size / times))
+                sizes.setdefault(letter, max(round(size / times), 1))
     expected = [round(times * sizes[letter]) if letter in sizes else round(times) for times, letter in shape]
     unknown = len(found) != len(shape)
     return [f"{name}: {tuple(found)}, expected {tuple(expected)}"] if unknown or list(found) != expected else []
@@ -304,13 +323,18 @@ def _positions(layout: str, width: int, grid: int) -> np.ndarray:
     return np.concatenate([*rows, table_nd])[None]
 
 
+def _check_grid(layout: str, name: str, rows: int, width: int) -> list[str]:
+    """A sentence when a position table of this shape is none of a square grid of patches."""
+    patches = rows - (layout not in _WITHOUT_CLASS_ROW)
+    if patches < 1 or math.isqrt(patches) ** 2 != patches:
+        return [f"{name}: {rows} rows are not a square grid with the class row as this layout has it"]
+    return [f"{name}: width {width} is no multiple of 4"] if width % 4 else []
+
+
 def _check_positions(layout: str, name: str, found: np.ndarray) -> list[str]:
     """A sentence when a table is not the one that our models compute (float16 files: within their rounding)."""
-    patches = found.shape[1] - (layout not in _WITHOUT_CLASS_ROW)
-    grid = round(patches**0.5)
-    if grid * grid != patches:
-        return [f"{name}: {found.shape[1]} rows are not a square grid with the class row as this layout has it"]
-    tolerance = 1e-6 if found.dtype.itemsize >= 4 else 4e-3
+    grid = math.isqrt(found.shape[1])  # with or without the class row
+    tolerance = 1e-5 if found.dtype.itemsize >= 4 else 4e-3
     error = np.abs(found.astype(np.float64) - _positions(layout, found.shape[2], grid)).max()
     why = "positions that were trained or resized can not be held"
     return [] if error <= tolerance else [f"{name} differs from the fixed sine-cosine table by {error:.2g}; {why}"]
