@@ -25,8 +25,8 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
 
     Args:
       workdir: the folder of the run. Read are `config.resolved.yaml`, `environment.json`, `data.json`,
-        `metrics.jsonl`, `results.jsonl`, `figures/*.npz` and `{stage}/DONE.json`; where one is missing, unfinished or
-        damaged, the page says so in place of the chapter.
+        `shared.json`, `metrics.jsonl`, `results.jsonl`, `figures/*.npz` and `{stage}/DONE.json`; where one is missing,
+        unfinished or damaged, the page says so in place of the chapter.
 
     Returns:
       The path of the page. It replaces an older one in one step, so a reader never sees half a page.
@@ -98,9 +98,11 @@ def _context(root: epath.Path) -> dict[str, Any]:
     }
 
 
-def _shared(root: epath.Path) -> int:
-    """How many test pictures are also training pictures, as far as the run has found out."""
-    return int(number(parse_mapping(read_text(root / "data.json")).get("shared")) or 0)
+def _shared(root: epath.Path) -> dict[str, Any] | None:
+    """How many test pictures are also training pictures, of how many; None where none is known to be."""
+    found = [parse_mapping(read_text(root / name)) for name in ("data.json", "shared.json")]
+    found = [of for of in found if (number(of.get("shared")) or 0) > 0]
+    return {"count": found[-1]["shared"], "of": number(found[-1].get("test_pictures"))} if found else None
 
 
 def _stages(root: epath.Path, config: dict[str, Any], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ EVALUATIONS = {  # in the order in which they are shown; others follow under the
     "logreg": "Few labels: logistic regression",
     "ridge": "Few labels: ridge regression",
     "finetune": "Fine-tuning",
-    "robustness": "Robustness: the linear probe, unchanged, on other test sets",
+    "robustness": "Robustness: classifiers, unchanged, on other test sets",
     "cluster": "Clusters found without labels (k-means)",
     "retrieval": "Retrieval: pictures of the same class among the nearest",
     "health": "Health of the features: neither direction is better by itself",
@@ -43,6 +43,7 @@ NO_BEST = frozenset({"health", "inertia"})
 LAYERS = "knn_layers"
 CHOSEN = ("base_rate", "epoch")  # of what schema 1 wrote under 'protocol', no setting but what was found
 MAX_FIELDS = 6  # named in a note
+MAX_TEXT = 160  # characters of a setting; a table of all heads of a probe stays in results.jsonl
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _variants(entries: Iterable[Entry], ignored: tuple[str, ...] = ()) -> tuple[
 
 def _note(entry: Entry, differing: list[str]) -> str:
     """What a row's settings are where those of its namesakes are others; '' without any."""
-    fields = [f"{key} = {entry.protocol.get(key, 'not given')}" for key in differing[:MAX_FIELDS]]
+    fields = [f"{key} = {_short(entry.protocol.get(key, 'not given'))}" for key in differing[:MAX_FIELDS]]
     more = f" and {len(differing) - MAX_FIELDS} more" if len(differing) > MAX_FIELDS else ""
     return f"{', '.join(fields)}{more}"
 
@@ -248,10 +249,14 @@ def _protocols(groups: Iterable[list[Entry]]) -> list[dict[str, Any]]:
             {
                 "title": ": ".join(filter(None, (EVALUATIONS.get(evaluation, evaluation), name))),
                 "stages": [COLUMNS.get(stage, stage) for stage in stages],
-                "settings": [(key, [told[stage].get(key, "–") for stage in stages]) for key in keys],
+                "settings": [(key, [_short(told[stage].get(key, "–")) for stage in stages]) for key in keys],
             }
         )
     return tables
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} …"
 
 
 def _headline(rows: list[dict[str, Any]]) -> dict[str, Any] | None:

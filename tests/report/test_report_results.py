@@ -12,7 +12,7 @@ HEADINGS = {
     "linear": "Linear probe",
     "logreg": "Few labels: logistic regression maect-logreg 5 per class",
     "ridge": "Few labels: ridge regression bigvision-fewshot 10 per class",
-    "robustness": "Robustness: the linear probe, unchanged, on other test sets maect-linear on dim pictures",
+    "robustness": "Robustness: classifiers, unchanged, on other test sets maect-linear on dim pictures",
     "cluster": "Clusters found without labels (k-means) ours-cluster",
     "retrieval": "Retrieval: pictures of the same class among the nearest ours-retrieval",
     "health": "Health of the features: neither direction is better by itself ours-health",
@@ -190,14 +190,24 @@ def test_other_weights_have_columns_of_their_own(tmp_path):
     assert head[1:-1] == ["MAE", "MAE-CT", "MAE-CT, raw weights", "an encoder", "vit_large"]
 
 
-@pytest.mark.parametrize(
-    ("shared", "words"), [(12, "12 test pictures are"), (1, "1 test picture is"), (0, ""), ("x", "")]
-)
-def test_shared_pictures_are_warned_of_above_the_table(tmp_path, shared, words):
-    (tmp_path / "data.json").write_text(json.dumps({"train": "a", "test": "b", "shared": shared}))
-    page = report_of(tmp_path, make_record("tune", "knn", "accuracy", "p", 0.5))
-    assert ("also among the training pictures" in page.words) == bool(words)
-    assert page.words.index(words) <= page.words.index("Results")
+@pytest.mark.parametrize("file", ["data.json", "shared.json"])
+def test_shared_pictures_are_warned_of_above_the_table(tmp_path, file):
+    record = make_record("tune", "knn", "accuracy", "p", 0.5)
+    (tmp_path / file).write_text(json.dumps({"train": "a", "shared": 1200}))
+    words = report_of(tmp_path, record).words
+    warning = "1,200 test pictures are also among the training pictures"
+    assert words.index(warning) < words.index("Results")
+    (tmp_path / file).write_text(json.dumps({"shared": 3, "test_pictures": 720}))
+    assert "3 of 720 test pictures are also among" in report_of(tmp_path, record).words
+    for nothing in (0, None, "x", True, -1, [2]):
+        (tmp_path / file).write_text(json.dumps({"shared": nothing}))
+        assert "also among" not in report_of(tmp_path, record).words
+
+
+def test_long_settings_are_cut(tmp_path):
+    record = make_record("tune", "linear", "accuracy", "maect-linear", 0.5, found={"heads": [{"rate": 0.1}] * 5000})
+    page = report_of(tmp_path, record)
+    assert page.rows(1)["found.heads"][0].endswith("…") and len(page.source) < 60_000
 
 
 def layers(stage: str, values: list[float], **protocol) -> list[dict]:
