@@ -48,7 +48,7 @@ class Archive:
         length = file.seek(0, 2)
         with _damage_reported():
             self._zip = zipfile.ZipFile(file)
-        members = [member for member in self._zip.infolist() if not member.is_dir()]
+        members = [member for member in self._zip.infolist() if not member.filename.endswith("/")]
         if len(members) > _MAX_MEMBERS:
             raise CheckpointError(f"has {len(members)} members, more than the {_MAX_MEMBERS} that are read")
         if sum(member.compress_size for member in members) > length:
@@ -98,4 +98,4 @@ def _damage_reported() -> Iterator[None]:
     try:
         yield
     except _DAMAGE as error:
-        raise CheckpointError(f"is damaged or incomplete ({error})") from None
+        raise CheckpointError(f"is damaged or incomplete ({str(error) or 'it ends too early'})") from None

@@ -205,15 +205,12 @@ def test_packed_members_are_read(tmp_path):
     np.testing.assert_array_equal(read["x"], noise)
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [("../x", "leaves its folder"), ("/x", "leaves its folder"), ("archive/..\\x", "leaves its folder")],
-)
-def test_members_that_leave_their_folder_are_refused(name, why, tmp_path):
+@pytest.mark.parametrize("name", ["../x", "/x", "archive/..\\x", ""])
+def test_members_that_leave_their_folder_are_refused(name, tmp_path):
     path = crafted(tmp_path, tensor(), {"0": SIX})
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(name, b"")
-    assert why in refusal(path)
+        archive.writestr(zipfile.ZipInfo(name), b"")
+    assert "leaves its folder" in refusal(path)
 
 
 def test_archives_that_can_be_read_in_two_ways_are_refused(tmp_path):
