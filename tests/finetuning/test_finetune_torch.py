@@ -1,6 +1,7 @@
-"""The same classifier, loss and optimiser written in PyTorch: forward and updates agree."""
+"""The same classifier, loss and optimiser written in PyTorch: forward and updates agree; and what a step must keep."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 
 from maect_jax.finetuning.model import classifier_of
 from maect_jax.finetuning.recipes import RECIPES
-from maect_jax.finetuning.step import MaeClock, first_state, make_finetune_step
+from maect_jax.finetuning.step import MaeClock, evaluated_params, first_state, make_finetune_step
 from maect_jax.models.patches import patchify
 from small import encoder_of
 
@@ -57,12 +58,34 @@ def logits(w: dict[str, torch.Tensor], images_bhwc: np.ndarray, patch: int, head
     return linear(norm(x[:, 1:].mean(dim=1), "fc_norm"), "head")
 
 
+@functools.cache
 def model_and_params():
     """A classifier with weights that are none of their special starting values."""
     model = classifier_of(encoder_of(SMALL), CLASSES, "fc_norm")
     params = jax.jit(lambda: model.init(jax.random.key(0), jnp.zeros((1, 16, 48)))["params"])()
     rng = np.random.default_rng(0)
     return model, jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype("float32"), params)
+
+
+@functools.cache
+def step_and_batch():
+    """A compiled step, its first state and a batch.
+
+    The crops are made ahead and symmetric, so that crop and flip change nothing; the rest is off but smoothing.
+    """
+    model, params = model_and_params()
+    off = dict(rand_augment=None, mixup=0.0, cutmix=0.0, erasing=0.0, drop_path=0.0)
+    recipe = dataclasses.replace(
+        RECIPES["mae-finetune"]["L/16"], base_lr=0.032, weight_decay=0.3, ema_factor=0.5, **off
+    )
+    clock = MaeClock(updates=5, warmup=1, updates_per_epoch=5, seed=0, floor=0.1)
+    step = jax.jit(make_finetune_step(model, recipe, batch=BATCH, clock=clock, mean=MEAN, std=STD))
+    rng = np.random.default_rng(2)
+    half = rng.integers(0, 256, (BATCH, 16, 8, 3), np.uint8)
+    images = np.concatenate([half, half[:, :, ::-1]], axis=2)
+    label = rng.integers(0, CLASSES, BATCH).astype(np.int32)
+    batch = {"image": images[:, None], "id": np.arange(BATCH, dtype=np.int32), "label": label}
+    return step, first_state(params, recipe), batch
 
 
 def test_forward_is_pytorchs_with_mean_pooling_and_a_norm_of_its_own():
@@ -74,18 +97,9 @@ def test_forward_is_pytorchs_with_mean_pooling_and_a_norm_of_its_own():
 
 
 def test_updates_are_pytorchs_adamw_with_a_group_for_each_layer():
-    """The crops are made ahead and symmetric, so that crop and flip change nothing; the rest is off but smoothing."""
-    model, params = model_and_params()
-    off = dict(rand_augment=None, mixup=0.0, cutmix=0.0, erasing=0.0, drop_path=0.0)
-    recipe = dataclasses.replace(RECIPES["mae-finetune"]["L/16"], base_lr=0.032, weight_decay=0.3, **off)
-    clock = MaeClock(updates=5, warmup=1, updates_per_epoch=5, seed=0, floor=0.1)
-    step = jax.jit(make_finetune_step(model, recipe, batch=BATCH, clock=clock, mean=MEAN, std=STD))
-    rng = np.random.default_rng(2)
-    half = rng.integers(0, 256, (BATCH, 16, 8, 3), np.uint8)
-    images = np.concatenate([half, half[:, :, ::-1]], axis=2)
-    label = rng.integers(0, CLASSES, BATCH).astype(np.int32)
-    batch = {"image": images[:, None], "id": np.arange(BATCH, dtype=np.int32), "label": label}
-
+    _, params = model_and_params()
+    step, state, batch = step_and_batch()
+    images, label = batch["image"][:, 0], batch["label"]
     weights = leaves_of(params)
     peak = 0.032 * BATCH / 256
 
@@ -99,7 +113,7 @@ def test_updates_are_pytorchs_adamw_with_a_group_for_each_layer():
         groups.append({"params": [leaf], "weight_decay": 0.3 if decayed else 0.0, "scale": scale})
     adamw = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.999), eps=1e-8)
 
-    state = first_state(params, recipe)
+    average = start = leaves_of(params)
     normal = ((images / 255 - MEAN) / STD).astype("float64")
     for s in range(4):
         state, metrics, _ = step(state, batch)
@@ -115,8 +129,9 @@ def test_updates_are_pytorchs_adamw_with_a_group_for_each_layer():
         norm = sum((leaf.grad**2).sum() for leaf in weights.values()).sqrt()
         np.testing.assert_allclose(metrics["gradient_norm"], norm.item(), rtol=1e-4)
         np.testing.assert_allclose(metrics["learning_rate"], peak * factor, rtol=1e-6)
+        average = {name: 0.5 * leaf + 0.5 * weights[name].detach() for name, leaf in average.items()}
 
-    start, end = leaves_of(params), leaves_of(jax.device_get(state.params))
+    end, kept = leaves_of(jax.device_get(state.params)), leaves_of(jax.device_get(evaluated_params(state)))
     for name, leaf in weights.items():
         moved, expected = ((x - start[name]).detach().numpy() for x in (end[name], leaf))
         if name.endswith("qkv.bias"):  # the keys' part has no gradient but rounding, which Adam turns into steps
@@ -124,3 +139,17 @@ def test_updates_are_pytorchs_adamw_with_a_group_for_each_layer():
         unit = peak * 0.75 ** (DEPTH + 1 - layer(name))
         assert np.quantile(abs(moved - expected), 0.99) < 2e-3 * unit, name
         assert abs(moved - expected).max() < 0.1 * unit, name
+        assert abs(moved).max() > unit, f"{name} does not learn"
+        if not name.endswith("qkv.bias"):
+            assert abs(kept[name] - average[name]).max() < 0.1 * unit, name
+
+
+def test_a_batch_that_is_not_finite_changes_nothing_but_the_clocks():
+    step, state, batch = step_and_batch()
+    head = state.params["head"]
+    broken = state.replace(params=state.params | {"head": head | {"bias": head["bias"].at[1].set(jnp.nan)}})
+    after, metrics, _ = step(broken, batch)
+    assert not np.isfinite(metrics["loss"])
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_a_row)) == (1, 1, 1)
+    for name in ("params", "moments", "ema"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, name), getattr(broken, name))
