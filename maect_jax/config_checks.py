@@ -7,7 +7,8 @@ from ml_collections import ConfigDict
 
 from maect_jax.config import STAGES, TRAINED, flatten
 from maect_jax.data.augment import AUGMENTATIONS
-from maect_jax.evaluation.protocols import EVALUATIONS, PRESETS, unknown
+from maect_jax.evaluation.presets import PRESETS
+from maect_jax.evaluation.protocols import EVALUATIONS, unknown
 from maect_jax.evaluation.task import DTYPES
 from maect_jax.objectives.masking import patches_to_keep
 

@@ -1,6 +1,7 @@
 """The encoders that a path stands for: a run, one of its stages or checkpoints, or a file in somebody's layout."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import yaml
@@ -13,20 +14,40 @@ from maect_jax.config import TRAINED, default
 from maect_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from maect_jax.errors import CheckpointError, ConfigError
 from maect_jax.evaluation.task import Weights
+from maect_jax.exchange.files import open_encoder
 from maect_jax.models.vit import ViT
 from maect_jax.training.checkpoint import absolute
 
 RAW = "tune, raw"  # the tuned encoder itself, beside its moving average
 
 
-def open_weights(path: str, mesh: Mesh, pooling: str | None = None, image_size: int | None = None) -> list[Weights]:
+@dataclass(frozen=True)
+class Instead:
+    """What is to be taken instead of what the weights themselves say; None = as they say.
+
+    Attributes:
+      pooling: 'cls' or 'mean', the feature that stands for a picture.
+      image_size: side of the pictures in pixels.
+      resize_ratio: shorter side over picture size, before the central crop.
+      dtype: type of the encoder's computation, 'bfloat16' or 'float32'.
+      heads: attention heads of an encoder in a file whose width does not tell them.
+    """
+
+    pooling: str | None = None
+    image_size: int | None = None
+    resize_ratio: float | None = None
+    dtype: str | None = None
+    heads: int | None = None
+
+
+def open_weights(path: str, mesh: Mesh, instead: Instead = Instead()) -> list[Weights]:
     """The encoders at `path`.
 
     Args:
       path: a work folder (every complete stage), a stage's folder, a checkpoint's folder, a weights file (see
         `exchange.files.open_encoder`), or a folder with one `model.safetensors`.
-      pooling: 'cls' or 'mean' instead of the model's own.
-      image_size: side of the pictures in pixels, instead of the model's own.
+      mesh: devices that the parameters are put on.
+      instead: of what the weights say.
 
     Raises:
       ConfigError: nothing there. CheckpointError: nothing complete there, or it can not be read.
@@ -35,18 +56,19 @@ def open_weights(path: str, mesh: Mesh, pooling: str | None = None, image_size: 
     if not root.exists():
         raise ConfigError(f"--weights: nothing at '{path}'; give a work folder, a stage in it, or a weights file")
     if not root.is_dir():
-        return [_of_file(root, path, pooling, image_size)]
+        return [_of_file(root, path, instead)]
     run = run_folder(path)
     if run is None and (root / "model.safetensors").exists():
-        return [_of_file(root / "model.safetensors", path, pooling, image_size)]
+        return [_of_file(root / "model.safetensors", path, instead)]
     if run is None:
         raise CheckpointError(
             f"--weights: '{path}' is neither a work folder (config.resolved.yaml), a stage or checkpoint in one, nor a "
             "folder with model.safetensors"
         )
     config = run_settings(run)
-    config.model.pooling = pooling or config.model.pooling
-    config.model.image_size = image_size or config.model.image_size
+    for section, key in ((config.model, "pooling"), (config.model, "image_size"), (config.model, "dtype")):
+        section[key] = getattr(instead, key) or section[key]
+    config.data.resize_ratio = instead.resize_ratio or config.data.resize_ratio
     if root == run:
         found = of_run(config, root, mesh, path)
         if not found:
@@ -126,22 +148,20 @@ def _of_parts(config: ConfigDict, stage: str, step: int, source: str, read: Call
     return found
 
 
-def _of_file(file: epath.Path, source: str, pooling: str | None, image_size: int | None) -> Weights:
+def _of_file(file: epath.Path, source: str, instead: Instead) -> Weights:
     """An encoder from others; its class token, but the patch mean for MAE-CT's B/16 (published so)."""
-    from maect_jax.exchange.files import open_encoder
-
-    opened = open_encoder(file, image_size=image_size)
-    dtype = jnp.dtype("bfloat16")
+    opened = open_encoder(file, image_size=instead.image_size, heads=instead.heads)
+    dtype = jnp.dtype(instead.dtype or "bfloat16")
     encoder = ViT(opened.width, opened.depth, opened.heads, opened.patch, opened.image_size, dtype=dtype)
     of_maect_base = opened.layout == "maect_encoder" and opened.width == 768
     return Weights(
         stage=file.stem if file.stem != "model" else file.parent.name,
         encoder=encoder,
         load=lambda: opened.params,
-        pooling=pooling or ("mean" if of_maect_base else "cls"),
+        pooling=instead.pooling or ("mean" if of_maect_base else "cls"),
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        resize_ratio=256 / 224,
+        resize_ratio=instead.resize_ratio or 256 / 224,
         channels=opened.channels,
         seed=0,
         origin={"source": source, "stage": "file", "layout": opened.layout, "file_sha256": opened.sha256},

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from etils import epath
 
-from maect_jax.commands.evaluate import check_devices, data_of
+from maect_jax.commands.evaluate import add_instead, check_devices, data_of, instead_of
 from maect_jax.data.sources import Source, open_source
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation.features import Features, elementary
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="ends in .parquet or .npz")
     feature = "cls, mean, both, cls@7, mean@last, cls@last4, or some joined with '+'; several with commas between"
     parser.add_argument("--feature", metavar="NAME,…", help=f"{feature}; without it the model's own")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="instead of the model's own")
+    add_instead(parser)
     parser.add_argument("--batch", type=int, default=256, help="pictures at a time, over all devices")
     parser.add_argument("--workers", type=int, default=0, help="loader processes; 0 = threads")
 
@@ -48,7 +48,7 @@ def main(arguments: argparse.Namespace) -> None:
     check_devices(1, arguments.batch)
     mesh = make_mesh()
     leader = jax.process_index() == 0
-    found = open_weights(arguments.weights, mesh, None, arguments.image_size)
+    found = open_weights(arguments.weights, mesh, instead_of(arguments))
     subject = [weights for weights in found if weights.stage != RAW][-1]
     name = data.train if arguments.split == "train" else data.test
     source = open_source(name, arguments.split, channels=subject.channels, key="--data")

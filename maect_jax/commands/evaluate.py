@@ -5,7 +5,7 @@ second call reads them.
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import jax
 from etils import epath
@@ -13,14 +13,14 @@ from etils import epath
 from maect_jax.config import default
 from maect_jax.data.sources import Source, open_source
 from maect_jax.errors import ConfigError
-from maect_jax.evaluation import protocols, suite
+from maect_jax.evaluation import presets, protocols, suite
 from maect_jax.evaluation.task import DTYPES, QUICK, Settings
 from maect_jax.parallel.mesh import make_mesh
 from maect_jax.report.html import write_report
 from maect_jax.terminal import use_compilation_cache
 from maect_jax.training.checkpoint import absolute
 from maect_jax.training.stop import StopRequest
-from maect_jax.weights import open_weights, run_folder, run_settings
+from maect_jax.weights import Instead, open_weights, run_folder, run_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,12 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", metavar="DATA", help="test pictures; without it those of --train")
     names = ", ".join(protocols.EVALUATIONS)
     parser.add_argument("--only", metavar="NAME,…", help=f"of {names}; without it {', '.join(QUICK)}")
-    parser.add_argument("--preset", default="maect", help=f"whose protocols: {', '.join(protocols.PRESETS)}")
+    parser.add_argument("--preset", default="maect", help=f"whose protocols: {', '.join(presets.PRESETS)}")
     parser.add_argument("--workdir", metavar="FOLDER", help="results go there; without it the run's own, or runs/…")
     parser.add_argument("--robustness", metavar="DATA,…", help="further test sets for the unchanged linear probe")
     parser.add_argument("--lists", metavar="FOLDER", default="", help="official split lists (docs/evaluation.md)")
-    parser.add_argument("--pooling", choices=("cls", "mean"), help="instead of the model's own feature")
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="instead of the model's own")
+    add_instead(parser)
     parser.add_argument("--feature-dtype", choices=tuple(DTYPES), default="float32", help="of cached features")
     parser.add_argument("--batch", type=int, default=256, help="pictures at a time, over all devices")
     parser.add_argument("--workers", type=int, default=0, help="loader processes; 0 = threads")
@@ -47,6 +46,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--finetune-epochs", type=int, metavar="N", help="instead of the recipe's")
     parser.add_argument("--finetune-batch", type=int, metavar="N", help="instead of the recipe's")
     parser.add_argument("--fsdp", type=int, default=1, help="devices that share one copy of the parameters")
+
+
+def add_instead(parser: argparse.ArgumentParser) -> None:
+    """Options that stand for what the weights themselves say; see `weights.Instead`."""
+    parser.add_argument("--pooling", choices=("cls", "mean"), help="instead of the model's own feature")
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="instead of the model's own")
+    parser.add_argument(
+        "--resize-ratio", type=float, metavar="X", help="shorter side over picture size before the crop"
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the encoder's computation")
+    parser.add_argument("--heads", type=int, metavar="N", help="of an encoder in a file whose width does not tell them")
+
+
+def instead_of(arguments: argparse.Namespace) -> Instead:
+    """The options of `add_instead`.
+
+    Raises:
+      ConfigError: a size or number that can not be.
+    """
+    if arguments.resize_ratio is not None and not 1 <= arguments.resize_ratio <= 10:
+        raise ConfigError(f"--resize-ratio {arguments.resize_ratio}: must lie between 1 and 10")
+    wrong = [name for name in ("image_size", "heads") if (value := getattr(arguments, name)) is not None and value < 1]
+    if wrong:
+        raise ConfigError(
+            [f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1" for name in wrong]
+        )
+    return Instead(**{field.name: getattr(arguments, field.name) for field in fields(Instead)})
 
 
 @dataclass(frozen=True)
@@ -65,8 +91,8 @@ def main(arguments: argparse.Namespace) -> None:
     use_compilation_cache()
     check_devices(arguments.fsdp, arguments.batch)
     mesh = make_mesh(arguments.fsdp)
-    options = mesh, arguments.pooling, arguments.image_size
-    subjects = [subject for path in arguments.weights for subject in open_weights(path, *options)]
+    instead = instead_of(arguments)
+    subjects = [subject for path in arguments.weights for subject in open_weights(path, mesh, instead)]
     train, test = open_pair(data, subjects[0].channels)
     leader = jax.process_index() == 0
     data.workdir.mkdir(parents=True, exist_ok=True)
@@ -87,7 +113,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     Raises:
       ConfigError: a number that is not positive.
     """
-    positive = ("batch", "limit", "image_size", "probe_epochs", "probe_batch", "finetune_epochs", "finetune_batch")
+    positive = ("batch", "limit", "probe_epochs", "probe_batch", "finetune_epochs", "finetune_batch")
     wrong = [name for name in positive if (value := getattr(arguments, name)) is not None and value < 1]
     if wrong:
         raise ConfigError(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from maect_jax.data.sources import Source
 from maect_jax.errors import ConfigError
-from maect_jax.evaluation import data_checks, figures, protocols
+from maect_jax.evaluation import data_checks, figures, presets, protocols
 from maect_jax.evaluation.cache import FeatureCache
 from maect_jax.evaluation.features import Features
 from maect_jax.evaluation.task import Measurement, Settings, Task, Weights, data_hash
@@ -107,7 +107,7 @@ def make_task(subject: Weights, train: Source, test: Source, settings: Settings,
 def check_settings(settings: Settings) -> None:
     """Raises ConfigError for an evaluation or preset that does not exist, with the nearest that does."""
     problems = protocols.unknown("--only", settings.only, protocols.EVALUATIONS)
-    problems += protocols.unknown("--preset", [settings.preset], protocols.PRESETS)
+    problems += protocols.unknown("--preset", [settings.preset], presets.PRESETS)
     if problems:
         raise ConfigError(problems)
 
