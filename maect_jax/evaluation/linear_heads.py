@@ -170,6 +170,10 @@ class LinearProbe:
 
     def logits(self, features_bd: jax.Array) -> jax.Array:
         """Features [batch, width] -> logits [batch, heads, classes], by the running statistics."""
+        return self.logits_hcb(features_bd).transpose(2, 0, 1)
+
+    def logits_hcb(self, features_bd: jax.Array) -> jax.Array:
+        """The same as [heads, classes, batch], as they are computed: sums over classes then run along the batch."""
         return _logits(self.kernel_hcd, self.bias_hc, self.normalise(features_bd, train=False)[0])
 
     def normalise(self, features_bd: jax.Array, train: bool) -> tuple[jax.Array, "LinearProbe"]:
@@ -259,21 +263,22 @@ def probe_step(
     return ProbeState(state.step + 1, probes, velocity), jnp.stack(losses)
 
 
-def cross_entropy(logits_bhc: jax.Array, label_b: jax.Array) -> jax.Array:
-    """Nats [batch, heads]."""
-    own_bh = jnp.take_along_axis(logits_bhc, label_b[:, None, None], axis=2)[:, :, 0]
-    return jax.nn.logsumexp(logits_bhc, axis=2) - own_bh
+def cross_entropy(logits_hcb: jax.Array, label_b: jax.Array) -> jax.Array:
+    """Nats [heads, batch]."""
+    own_hb = jnp.take_along_axis(logits_hcb, label_b[None, None, :], axis=1)[:, 0]
+    return jax.nn.logsumexp(logits_hcb, axis=1) - own_hb
 
 
 def _logits(kernel_hcd: jax.Array, bias_hc: jax.Array, normal_bd: jax.Array) -> jax.Array:
-    return jnp.einsum("bd,hcd->bhc", normal_bd, kernel_hcd, precision=jax.lax.Precision.HIGHEST) + bias_hc
+    product_hcb = jnp.einsum("hcd,bd->hcb", kernel_hcd, normal_bd, precision=jax.lax.Precision.HIGHEST)
+    return product_hcb + bias_hc[:, :, None]
 
 
 def _gradient(kernel_hcd, bias_hc, normal_bd, label_b) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Gradients of (kernel, bias), each head's that of its own loss, and the losses [heads]."""
 
     def total(weights):
-        loss_h = cross_entropy(_logits(*weights, normal_bd), label_b).mean(axis=0)
+        loss_h = cross_entropy(_logits(*weights, normal_bd), label_b).mean(axis=1)
         return loss_h.sum(), loss_h
 
     return jax.grad(total, has_aux=True)((kernel_hcd, bias_hc))

@@ -211,15 +211,15 @@ def _score(probes: Probes, features, label_cr, names: tuple[str, ...], *, mesh: 
         features, label_r = chunk
         valid_r, rights = label_r >= 0, []
         for f, name in enumerate(names):
-            logits_rhc = probes[name].logits(features[name])
-            rights.append(logits_rhc.argmax(axis=2) == label_r[:, None])
-            nats_rh = cross_entropy(logits_rhc, jnp.maximum(label_r, 0))
-            loss_fh = loss_fh.at[f].add(jnp.where(valid_r[:, None], nats_rh, 0).sum(axis=0))
+            logits_hcr = probes[name].logits_hcb(features[name])
+            rights.append(logits_hcr.argmax(axis=1) == label_r)
+            nats_hr = cross_entropy(logits_hcr, jnp.maximum(label_r, 0))
+            loss_fh = loss_fh.at[f].add(jnp.where(valid_r, nats_hr, 0).sum(axis=1))
         return loss_fh, jnp.stack(rights)
 
     heads = probes[names[0]].bias_hc.shape[0]
-    loss_fh, right_cfrh = jax.lax.scan(body, jnp.zeros((len(names), heads)), (features, label_cr))
-    right_fhn = right_cfrh.transpose(1, 3, 0, 2).reshape(len(names), heads, -1)
+    loss_fh, right_kfhr = jax.lax.scan(body, jnp.zeros((len(names), heads)), (features, label_cr))
+    right_fhn = right_kfhr.transpose(1, 2, 0, 3).reshape(len(names), heads, -1)
     return jax.lax.with_sharding_constraint((right_fhn, loss_fh), replicated(mesh))
 
 
