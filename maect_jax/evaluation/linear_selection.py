@@ -228,6 +228,7 @@ def _settings(preset: LinearPreset) -> dict:
     norm = "none"
     if preset.norm_epsilon is not None:
         norm = f"batch norm without affine, epsilon {preset.norm_epsilon}, momentum 0.1"
+    rise = "linear from 0, then " if preset.warmup else ""
     trust = f", trust {TRUST} for weights, none for biases" if preset.optimiser == "lars" else ", no Nesterov"
     return {
         "preset": preset.name,
@@ -240,7 +241,7 @@ def _settings(preset: LinearPreset) -> dict:
         "warmup_updates": preset.warmup_updates,
         "base_rates": list(preset.base_rates),
         "peak_rate": f"base_rate * batch / {RATE_BATCH}",
-        "schedule": "linear from 0, then cosine to 0" + (", both ends reached" if preset.closed else ""),
+        "schedule": f"{rise}cosine to 0{', both ends reached' if preset.closed else ''}",
         "optimiser": f"{preset.optimiser.upper()}, momentum {MOMENTUM}{trust}",
         "weight_decay": 0.0,
         "normalisation": norm,

@@ -1,6 +1,7 @@
 """The probe on cached features learns what it should, chooses without the test rows, and is the same on all devices."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -228,6 +229,7 @@ def test_the_protocol_tells_what_was_changed(result):
     assert (protocol["train_rows"], protocol["held_out_rows"], protocol["test_rows"]) == (270, 30, 200)
     assert (protocol["batch"], protocol["updates"], protocol["warmup_updates"]) == (32, 32, 3)
     assert protocol["augmentation"] == "none, cached features"
+    assert json.loads(json.dumps(protocol)) == protocol
 
 
 def test_the_best_candidate_is_told_apart_by_cross_entropy_then_by_its_place():
