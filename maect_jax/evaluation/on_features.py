@@ -33,12 +33,13 @@ def knn_of_layers(task: Task) -> Iterator[Measurement]:
     """k-NN at the output of every block, before any norm: where in the encoder do classes separate?"""
     preset, names = knn.PRESETS["maect-knn"], layer_names(task)
     bank, query = task.features(names, task.settings.limit)
-    rows = {"limit": task.settings.limit, "train_rows": len(bank.labels), "test_rows": len(query.labels)}
+    rows = {"feature": f"{task.weights.pooling}@block", "limit": task.settings.limit}
+    rows |= {"train_rows": len(bank.labels), "test_rows": len(query.labels)}
     for block, name in enumerate(names, 1):
         task.check()
         vectors = bank.vectors(name), bank.labels, query.vectors(name)
         right = knn.classify(task.mesh, *vectors, preset, len(task.classes)) == query.labels
-        protocol = asdict(preset) | {"name": f"{preset.name}, block {block}", "feature": name, "block": block} | rows
+        protocol = asdict(preset) | {"name": f"{preset.name}, block {block}", "block": block} | rows
         yield Measurement("accuracy", right.mean(), protocol, per_picture=right)
 
 

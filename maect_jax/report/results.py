@@ -14,7 +14,8 @@ from typing import Any
 from maect_jax.report import charts
 from maect_jax.report.files import STAGES, number, order_stages
 
-COLUMNS = STAGES | {"control": "MAE, trained on instead (control)", "tune, raw": "MAE-CT, raw weights"}
+RAW = "tune, raw"
+COLUMNS = STAGES | {"control": "MAE, trained on instead (control)", RAW: "MAE-CT, raw weights"}
 EVALUATIONS = {  # in the order in which they are shown; others follow under their own names
     "knn": "Nearest neighbours vote (k-NN)",
     "linear": "Linear probe",
@@ -174,12 +175,13 @@ def _row(entries: list[Entry], stages: list[str], against: list[str], note: str)
     percent = "fraction" in units or (units == {None} and all(abs(entry.value) <= 1 for entry in entries))
     names = {first.evaluation, first.metric.lower(), first.metric.lower().split("@")[0]}
     lower, ranked = bool(names & LOWER_IS_BETTER), not names & NO_BEST
-    best = (min if lower else max)(mean.values())
+    ranked_of = {stage: value for stage, value in mean.items() if stage != RAW}  # its average is what is reported
+    best = (min if lower else max)(ranked_of.values(), default=None)
     cells = [
         {
             "value": mean.get(stage),
             "text": _show(mean[stage], percent) if stage in mean else "–",
-            "best": ranked and len(mean) > 1 and mean.get(stage) == best,
+            "best": ranked and len(ranked_of) > 1 and stage in ranked_of and ranked_of[stage] == best,
             "spread": _spread(at[stage], percent),
         }
         for stage in stages
