@@ -3,11 +3,12 @@
 As in MAE-CT (Lehner et al. 2023): optional standardisation by the train rows, rows of unit length, the k most
 similar of the whole bank vote for their class with weight exp(similarity / temperature).
 
-The bank lies split by rows over the devices; queries pass in chunks of one static shape, so that neither the whole
-similarity matrix nor a second compiled program ever exists.
+The bank lies split by rows over the devices; queries pass in chunks of one static shape, which a device compares in
+tiles with blocks of its rows. So neither the whole similarity matrix nor a second compiled program ever exists.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -17,11 +18,11 @@ from jax.sharding import Mesh
 
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation.rows import check_rows, copy, pad_rows, round_up, split
-from maect_jax.neighbors.topk import top_k_sharded_bank
+from maect_jax.neighbors.topk import GROUP, top_k_sharded_bank
 from maect_jax.objectives.nnclr import unit
 from maect_jax.parallel.mesh import replicated
 
-CHUNK = 256  # queries at a time: 1.3 GB of similarities for the whole of ImageNet on one device
+CHUNK = 2048  # queries that travel to the devices at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,10 @@ class KnnPreset:
       k: number of neighbours that vote.
       temperature: divisor of the cosine similarity in the vote.
       standardise: subtract the train mean and divide by the unbiased train standard deviation + `epsilon`.
+      feature: what the protocol is defined on: 'configured' (the model's own pooling after the final norm), 'cls' (CLS
+        token after the final norm) or 'cls@last' (CLS token of the last block, before the final norm).
+
+    Source: MAE-CT (Lehner et al. 2023), MIM-Refiner (Alkin et al. 2024), DINOv2 (Oquab et al. 2023) and Lightly.
     """
 
     name: str
@@ -39,13 +44,29 @@ class KnnPreset:
     temperature: float
     standardise: bool
     epsilon: float
+    feature: str
+
+
+def _plain(name: str, k: int, feature: str) -> KnnPreset:
+    return KnnPreset(name, k, temperature=0.07, standardise=False, epsilon=0.0, feature=feature)
+
+
+def _standardised(name: str, k: int, epsilon: float, feature: str) -> KnnPreset:
+    return KnnPreset(name, k, temperature=0.07, standardise=True, epsilon=epsilon, feature=feature)
 
 
 PRESETS = {
     preset.name: preset
     for preset in (
-        KnnPreset("maect-knn", k=10, temperature=0.07, standardise=False, epsilon=0.0),
-        KnnPreset("maect-knn-std", k=10, temperature=0.07, standardise=True, epsilon=1e-5),
+        _plain("maect-knn", 10, "configured"),
+        _standardised("maect-knn-std", 10, 1e-5, "configured"),
+        _standardised("mimrefiner-knn", 10, 1e-6, "cls@last"),
+        _standardised("mimrefiner-hub-knn", 20, 1e-6, "cls"),
+        _plain("dinov2-knn-10", 10, "cls"),
+        _plain("dinov2-knn-20", 20, "cls"),
+        _plain("dinov2-knn-100", 100, "cls"),
+        _plain("dinov2-knn-200", 200, "cls"),
+        _plain("lightly-knn", 200, "configured"),
     )
 }
 
@@ -70,12 +91,35 @@ def classify(
       ConfigError: preset.k exceeds the bank.
       DataError: shapes do not fit, or a label is out of range.
     """
+    return classify_many(mesh, bank_features, bank_labels, query_features, [preset], classes, chunk)[0]
+
+
+def classify_many(
+    mesh: Mesh,
+    bank_features,
+    bank_labels,
+    query_features,
+    presets: Sequence[KnnPreset],
+    classes: int,
+    chunk: int = CHUNK,
+) -> list[np.ndarray]:
+    """What `classify` gives for each preset, in their order, with one search for all that standardise alike.
+
+    Arguments and errors as there; the features are the same for all presets, whatever their `feature`.
+    """
     bank, labels = check_rows("bank", bank_features, bank_labels, classes)
     query, _ = check_rows("query", query_features)
-    search = _Search(mesh, bank, preset.k, preset)
-    labels = copy(mesh, labels)
-    vote = partial(_vote, labels, mesh=mesh, temperature=preset.temperature, classes=classes)
-    return np.concatenate([np.asarray(vote(*found))[:rows] for found, rows in search(query, chunk)])
+    for preset in presets:
+        _check_k(f"k-NN, preset '{preset.name}'", preset.k, bank)
+    label_q = copy(mesh, labels)
+    predictions: dict[int, np.ndarray] = {}
+    for epsilon in dict.fromkeys(map(_epsilon, presets)):  # in one order on every host
+        alike = [i for i, preset in enumerate(presets) if _epsilon(preset) == epsilon]
+        protocols = tuple((presets[i].k, presets[i].temperature) for i in alike)
+        vote = partial(_vote, label_q, mesh=mesh, protocols=protocols, classes=classes)
+        most = max(k for k, _ in protocols)
+        predictions |= zip(alike, _Search(mesh, bank, most, epsilon)(query, chunk, vote))
+    return [predictions[i] for i in range(len(presets))]
 
 
 def accuracy(
@@ -109,38 +153,54 @@ def neighbors(mesh: Mesh, bank, query, k: int, chunk: int = CHUNK) -> tuple[np.n
     """
     bank, _ = check_rows("bank", bank)
     query, _ = check_rows("query", query)
-    found = [[np.asarray(part)[:rows] for part in parts] for parts, rows in _Search(mesh, bank, k)(query, chunk)]
-    similarity, index = zip(*found)
-    return np.concatenate(similarity), np.concatenate(index)
+    _check_k("k-NN", k, bank)
+    return _Search(mesh, bank, k)(query, chunk, lambda *found: found)
+
+
+def _check_k(what: str, k: int, bank: np.ndarray) -> None:
+    rows = bank.shape[0]
+    if not 1 <= k <= rows:
+        raise ConfigError(f"{what}: k = {k} neighbours of a bank of {rows} rows; k must lie in 1..{rows}")
+
+
+def _epsilon(preset: KnnPreset) -> float | None:
+    """What the search itself must know of a preset; None where nothing is standardised."""
+    return preset.epsilon if preset.standardise else None
+
+
+def padded_rows(rows: int, devices: int, k: int) -> int:
+    """Length of a bank that the devices share; what is more than `rows` is masked in the search.
+
+    Every device offers k candidates, so it holds at least k rows; many rows make up whole groups of the search.
+    """
+    each = max(-(-rows // devices), k)
+    return devices * (each if each < GROUP else round_up(each, GROUP))
 
 
 class _Search:
     """The bank on the devices, ready for chunks of queries."""
 
-    def __init__(self, mesh: Mesh, bank: np.ndarray, k: int, preset: KnnPreset | None = None):
+    def __init__(self, mesh: Mesh, bank: np.ndarray, k: int, epsilon: float | None = None):
         rows, self.width = bank.shape
-        if not 1 <= k <= rows:
-            raise ConfigError(f"k-NN: k = {k} neighbours of a bank of {rows} rows; k must lie in 1..{rows}")
-        # every device offers k candidates, so it holds at least k rows; padding is masked in the search
-        padded = mesh.size * max(-(-rows // mesh.size), k)
+        padded = padded_rows(rows, mesh.size, k)
         self.mesh, self.k = mesh, k
         self.valid_q = split(mesh, np.arange(padded) < rows)
         bank_qd = split(mesh, pad_rows(bank, padded))
-        standardise = preset is not None and preset.standardise
-        self.bank_qd, self.mean_d, self.scale_d = _prepare(
-            bank_qd, self.valid_q, mesh=mesh, epsilon=preset.epsilon if standardise else None
-        )
+        self.bank_qd, self.mean_d, self.scale_d = _prepare(bank_qd, self.valid_q, mesh=mesh, epsilon=epsilon)
 
-    def __call__(self, query: np.ndarray, chunk: int):
-        """Yields ((similarity [chunk, k], index [chunk, k]), number of rows that are no padding)."""
+    def __call__(self, query: np.ndarray, chunk: int, then: Callable[..., tuple]) -> tuple[np.ndarray, ...]:
+        """`then` (similarity [chunk, k], index [chunk, k]) -> arrays [chunk, …], as one array of all queries each."""
         if query.shape[1] != self.width:
             raise ConfigError(f"k-NN: queries of width {query.shape[1]} for a bank of width {self.width}")
-        chunk = min(chunk, round_up(query.shape[0], 8))
-        for start in range(0, query.shape[0], chunk):
-            part = query[start : start + chunk]
-            part_bd = copy(self.mesh, pad_rows(part, chunk))
-            found = _nearest(part_bd, self.bank_qd, self.valid_q, self.mean_d, self.scale_d, mesh=self.mesh, k=self.k)
-            yield found, part.shape[0]
+        rows = query.shape[0]
+        chunk = min(chunk, round_up(rows, 8))
+        found: list[tuple] = []
+        for start in range(0, rows, chunk):
+            part_bd = copy(self.mesh, pad_rows(query[start : start + chunk], chunk))
+            near = _nearest(part_bd, self.bank_qd, self.valid_q, self.mean_d, self.scale_d, mesh=self.mesh, k=self.k)
+            found.append(then(*near))
+            found[-2:-1] = jax.device_get(found[-2:-1])  # while the devices search for the newest
+        return tuple(np.concatenate(parts)[:rows] for parts in zip(*jax.device_get(found)))
 
 
 @partial(jax.jit, static_argnames=("mesh", "epsilon"), donate_argnums=0)
@@ -168,11 +228,18 @@ def _nearest(query_bd, bank_qd, valid_q, mean_d, scale_d, *, mesh: Mesh, k: int)
     return jax.lax.with_sharding_constraint(found, replicated(mesh))
 
 
-@partial(jax.jit, static_argnames=("mesh", "temperature", "classes"))
-def _vote(label_q, similarity_bk, index_bk, *, mesh: Mesh, temperature: float, classes: int):
+@partial(jax.jit, static_argnames=("mesh", "protocols", "classes"))
+def _vote(label_q, similarity_bk, index_bk, *, mesh: Mesh, protocols: tuple[tuple[int, float], ...], classes: int):
+    """Winner int32 [batch] for each (k, temperature), of the same neighbours, nearest first."""
+    label_bk = label_q[index_bk]
     # relative to the nearest: the same winner, and no overflow at a small temperature
-    weight_bk = jnp.exp((similarity_bk - similarity_bk[:, :1]) / temperature)
-    member_bkc = label_q[index_bk][:, :, None] == jnp.arange(classes)
-    votes_bc = jnp.where(member_bkc, weight_bk[:, :, None], 0).sum(axis=1)
-    prediction_b = jnp.argmax(votes_bc, axis=1).astype(jnp.int32)
-    return jax.lax.with_sharding_constraint(prediction_b, replicated(mesh))
+    lag_bk = similarity_bk - similarity_bk[:, :1]
+
+    def winner(k: int, temperature: float):
+        votes_bc = jax.vmap(lambda label_k, weight_k: jnp.zeros(classes).at[label_k].add(weight_k))(
+            label_bk[:, :k], jnp.exp(lag_bk[:, :k] / temperature)
+        )
+        return jnp.argmax(votes_bc, axis=1).astype(jnp.int32)
+
+    winners = tuple(winner(*protocol) for protocol in protocols)
+    return jax.lax.with_sharding_constraint(winners, replicated(mesh))

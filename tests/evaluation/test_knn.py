@@ -12,7 +12,8 @@ from maect_jax.evaluation import knn
 from maect_jax.parallel.mesh import make_mesh
 
 CLASSES = 7
-PLAIN, STANDARDISED = knn.PRESETS["maect-knn"], knn.PRESETS["maect-knn-std"]
+PRESETS = knn.PRESETS
+PLAIN, STANDARDISED = PRESETS["maect-knn"], PRESETS["maect-knn-std"]
 
 
 def mesh_of(devices: int):
@@ -55,6 +56,43 @@ def test_predictions_equal_brute_force(preset, k, chunk, devices):
     predicted = knn.classify(mesh_of(devices), bank, labels, query, preset, CLASSES, chunk=chunk)
     assert predicted.dtype == np.int32
     np.testing.assert_array_equal(predicted, votes.argmax(axis=1))
+
+
+@pytest.mark.parametrize("devices, chunk", [(1, 256), (8, 16)])
+def test_every_preset_equals_brute_force_and_many_share_their_searches(monkeypatch, devices, chunk):
+    (bank, labels), (query, _) = features(421, 0), features(40, 1)
+    expected = []
+    for preset in PRESETS.values():
+        votes = brute_force(bank, labels, query, preset)
+        best, second = np.sort(votes, axis=1)[:, :-3:-1].T
+        assert ((best - second) / best).min() > 1e-5
+        expected.append(votes.argmax(axis=1))
+    banks = []
+    monkeypatch.setattr(knn, "_Search", lambda *args, made=knn._Search: banks.append(args) or made(*args))
+    mesh, presets = mesh_of(devices), list(PRESETS.values())
+    predicted = knn.classify_many(mesh, bank, labels, query, presets, CLASSES, chunk=chunk)
+    np.testing.assert_array_equal(predicted, expected)
+    assert sorted((k, epsilon or 0) for _, _, k, epsilon in banks) == [(10, 1e-5), (20, 1e-6), (200, 0)]
+
+
+def test_presets_are_those_of_the_published_protocols():
+    table = {name: (p.k, p.temperature, p.epsilon if p.standardise else None, p.feature) for name, p in PRESETS.items()}
+    assert table == {
+        "maect-knn": (10, 0.07, None, "configured"),
+        "maect-knn-std": (10, 0.07, 1e-5, "configured"),
+        "mimrefiner-knn": (10, 0.07, 1e-6, "cls@last"),
+        "mimrefiner-hub-knn": (20, 0.07, 1e-6, "cls"),
+        "dinov2-knn-10": (10, 0.07, None, "cls"),
+        "dinov2-knn-20": (20, 0.07, None, "cls"),
+        "dinov2-knn-100": (100, 0.07, None, "cls"),
+        "dinov2-knn-200": (200, 0.07, None, "cls"),
+        "lightly-knn": (200, 0.07, None, "configured"),
+    }
+
+
+def test_no_presets_no_predictions():
+    bank, labels = features(9, 0)
+    assert knn.classify_many(mesh_of(1), bank, labels, bank, [], CLASSES) == []
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -141,7 +179,7 @@ def test_the_compiled_search_gathers_no_similarity_matrix():
 
 def test_errors_name_the_value_and_the_limit():
     bank, labels = features(5, 0)
-    with pytest.raises(ConfigError, match="k = 10 neighbours of a bank of 5 rows"):
+    with pytest.raises(ConfigError, match=r"preset 'maect-knn': k = 10 neighbours of a bank of 5 rows; .* 1\.\.5"):
         knn.classify(mesh_of(1), bank, labels, bank, PLAIN, CLASSES)
     with pytest.raises(ConfigError, match="queries of width 3 for a bank of width 12"):
         knn.neighbors(mesh_of(1), bank, bank[:, :3], k=1)
