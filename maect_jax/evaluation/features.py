@@ -85,6 +85,11 @@ class Features:
         parts = [self.parts[part] for part in elementary(name, self.depth)]
         return np.concatenate([np.asarray(part, np.float32) for part in parts], axis=1)
 
+    def take(self, rows: np.ndarray) -> "Features":
+        """The features of some rows."""
+        parts = {name: part[rows] for name, part in self.parts.items()}
+        return Features(parts, self.labels[rows], self.ids[rows], self.content[rows], self.depth)
+
 
 def make_extractor(
     encoder: ViT, names: Iterable[str], mean: tuple[float, ...], std: tuple[float, ...], mesh: jax.sharding.Mesh

@@ -5,10 +5,12 @@ from dataclasses import asdict
 
 import numpy as np
 
-from maect_jax.evaluation import knn, labelled, linear, linear_heads, linear_images, logistic, ridge
+from maect_jax.evaluation import cluster, knn, labelled, linear, linear_heads, linear_images, logistic, retrieval, ridge
 from maect_jax.evaluation.presets import presets
 from maect_jax.evaluation.splits import SplitScores
-from maect_jax.evaluation.task import Measurement, Task
+from maect_jax.evaluation.task import Measurement, Task, data_hash
+
+RETRIEVED = 10  # neighbours
 
 
 def knn_accuracy(task: Task) -> Iterator[Measurement]:
@@ -41,6 +43,18 @@ def knn_of_layers(task: Task) -> Iterator[Measurement]:
         right = knn.classify(task.mesh, *vectors, preset, len(task.classes)) == query.labels
         protocol = asdict(preset) | {"name": f"{preset.name}, block {block}", "block": block} | rows
         yield Measurement("accuracy", right.mean(), protocol, per_picture=right)
+
+
+def retrieve(task: Task) -> Iterator[Measurement]:
+    """What the test pictures retrieve from the training set: precision, mean average precision, purity."""
+    feature = task.weights.pooling
+    bank, query = task.features([feature])
+    k = min(RETRIEVED, len(bank.labels))
+    rows = bank.vectors(feature), bank.labels, query.vectors(feature), query.labels
+    protocol = {"name": "cosine retrieval", "feature": feature, "k": k}
+    found = retrieval.retrieval(task.mesh, *rows, classes=len(task.classes), k=k)
+    for metric, value_n in found.items():
+        yield Measurement(metric, value_n.mean(), protocol, per_picture=value_n)
 
 
 def linear_probe(task: Task) -> Iterator[Measurement]:
@@ -133,6 +147,48 @@ def ridge_few_shot(task: Task) -> Iterator[Measurement]:
     scores = ridge.few_shot(task.mesh, *rows, len(task.classes), labelled.key(task), preset=preset, check=task.check)
     for shots, found in scores.items():
         yield _of_splits(found, {"name": f"{preset.name}, {shots} per class", "feature": feature})
+
+
+def cluster_presets(task: Task) -> list[str]:
+    """All classes of the test set, ImageNet's under its own name; and its fifteen dogs, where they are among them."""
+    dogs = set(cluster.IMAGENET_DOGS_15) <= set(task.classes)
+    every = "imagenet-val" if dogs and len(task.classes) == 1000 else "ours-cluster"
+    return [every, "imagenet-dogs-15"] if dogs else [every]
+
+
+def clusters(task: Task) -> Iterator[Measurement]:
+    """k-means on the test pictures, as many clusters as classes: the run of lowest inertia, and how the runs vary."""
+    for name in cluster_presets(task):
+        preset = cluster.PRESETS[name]
+        feature = task.feature(preset.feature)
+        test = task.features_of(task.test, [feature])
+        rows, part = np.arange(len(test.labels)), None
+        if preset.class_names:
+            rows = cluster.select_classes(test.labels, task.classes, preset.class_names)
+            chosen = test.take(rows)
+            part = {"name": f"{task.test.name}, {name}", "rows": len(rows), "hash": data_hash(chosen)}
+        found = cluster.evaluate_cluster(
+            task.mesh,
+            test.vectors(feature)[rows],
+            test.labels[rows],
+            preset,
+            len(task.classes),
+            seed=task.weights.seed,
+            check=task.check,
+        )
+        task.results.setdefault("clusters", (rows, found.assignment, found.cluster_class))
+        protocol = found.protocol | {"name": name, "feature": feature}
+        for metric, value in found.scores.items():
+            runs = {"mean": found.mean[metric], "std": found.std[metric]} if metric in found.mean else {}
+            yield Measurement(
+                metric,
+                value,
+                protocol,
+                unit="fraction" if metric in cluster.SCORES else "",
+                per_picture=found.correct if metric == "acc" else None,
+                found=runs | {"best_run": found.best},
+                test=part,
+            )
 
 
 def _of_splits(found: SplitScores, protocol: dict) -> Measurement:

@@ -13,6 +13,7 @@ from maect_jax.errors import ConfigError
 from maect_jax.evaluation import figures, health, labelled, views
 from maect_jax.evaluation import robustness as other_sets
 from maect_jax.evaluation.presets import presets
+from maect_jax.evaluation.retrieval import confusion_matrix
 from maect_jax.evaluation.task import Measurement, Task, data_hash
 from maect_jax.finetuning.recipes import recipe_for
 from maect_jax.finetuning.run import FineTuned, fine_tune
@@ -137,4 +138,11 @@ def pictures(task: Task) -> Iterator[Measurement]:
         figures.save_neighbors(task, bank, query)
         figures.save_scatter(task, query)
         figures.save_attention(task, query)
+        if "clusters" in task.results:
+            rows, assignment_n, cluster_class = task.results["clusters"]
+            figures.save_clusters(task, query.take(rows), assignment_n, cluster_class)
+        if "predictions" in task.results:
+            name, predicted = task.results["predictions"]
+            matrix_cc = confusion_matrix(query.labels, predicted, len(task.classes))
+            figures.save_confusion(task, matrix_cc, f"k-NN, {name}")
     yield from ()

@@ -16,9 +16,11 @@ Evaluation = Callable[[Task], Iterator[Measurement]]
 EVALUATIONS: dict[str, Evaluation] = {
     "knn": on_features.knn_accuracy,
     "knn_layers": on_features.knn_of_layers,
+    "retrieval": on_features.retrieve,
     "linear": on_features.linear_probe,
     "logreg": on_features.logistic_regression,
     "ridge": on_features.ridge_few_shot,
+    "cluster": on_features.clusters,
     "finetune": on_pictures.finetune,
     "health": on_pictures.health_figures,
     "colour": on_pictures.colour_probe,
