@@ -32,22 +32,22 @@ def health_figures(task: Task) -> Iterator[Measurement]:
     for metric in ("effective_rank", "embedding_std", "uniformity"):
         yield Measurement(metric, float(jax.jit(getattr(health, metric))(x)), protocol, unit="")
     for augmentation in ("minimal", "strong") if task.test.channels == 3 else ("minimal",):
-        seen = views.look(task, task.test, feature, augmentation, limit)
+        pairs = views.two_views(task, task.test, feature, augmentation, limit)
         protocol = {
             "name": f"two views, {augmentation}",
             "feature": feature,
-            "rows": len(seen.first),
+            "rows": len(pairs[0]),
             "augmentation": augmentation,
             "crop_scale": list(views.CROP_SCALE),
         }
-        for metric, value in views.invariance(seen.first, seen.second).items():
+        for metric, value in views.invariance(*pairs).items():
             yield Measurement(metric, float(value), protocol, unit="")
 
 
 def colour_probe(task: Task) -> Iterator[Measurement]:
     """What invariance removed: how well a linear map reads a picture's colours from its feature."""
     feature, limit = task.weights.pooling, task.settings.limit
-    histograms = [views.look(task, source, feature, "minimal", limit).histogram for source in (task.train, task.test)]
+    histograms = [views.histograms(task, source, limit) for source in (task.train, task.test)]
     vectors = [task.features_of(source, [feature], limit).vectors(feature) for source in (task.train, task.test)]
     found = views.probe_colours(vectors[0], histograms[0], vectors[1], histograms[1], task.check)
     protocol = {"name": "colour-histogram", "feature": feature, "limit": limit} | found.protocol

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from maect_jax.data.augment import make_views, normalise
+from maect_jax.data.sources import Source
 from maect_jax.evaluation.features import elementary, forward
 from maect_jax.evaluation.health import alignment
 from maect_jax.evaluation.task import Task
@@ -24,15 +25,7 @@ BINS = 64  # of a channel's histogram
 CROP_SCALE = (0.2, 1.0)
 
 
-@dataclass(frozen=True)
-class Views:
-    """Of n pictures: features of two augmented views, float32 [n, width] each; colour histograms [n, channels, 64]."""
-
-    first: np.ndarray
-    second: np.ndarray
-    histogram: np.ndarray
-
-
+@jax.jit
 def histogram(images_bhwc: jax.Array) -> jax.Array:
     """Share of pixels in each of 64 equal bins of each channel; uint8 [b, h, w, c] -> float32 [b, c, 64]."""
     bins_bhwc = images_bhwc.astype(jnp.int32) * BINS // 256
@@ -45,8 +38,22 @@ def histogram(images_bhwc: jax.Array) -> jax.Array:
     return jax.vmap(jax.vmap(count))(bins_bcp) / bins_bcp.shape[-1]
 
 
-def look(task: Task, source, feature: str, augmentation: str, limit: int) -> Views:
-    """One pass over at most `limit` pictures; views are crops of 0.2 to 1 of the area, 'minimal' or 'strong'."""
+def histograms(task: Task, source: Source, limit: int) -> np.ndarray:
+    """Histograms of at most `limit` pictures as the encoder sees them, float32 [n, channels, 64]."""
+    found = []
+    for batch in task.batches(source, limit):
+        task.check()
+        histogram_bcn = jax.device_put(histogram(batch["image"]), replicated(task.mesh))
+        valid_b = jax.device_put(batch["valid"], replicated(task.mesh))
+        found.append(np.asarray(histogram_bcn)[np.asarray(valid_b)])
+    return np.concatenate(found)
+
+
+def two_views(task: Task, source: Source, feature: str, augmentation: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features, float32 [n, width] each, of two augmented views of at most `limit` pictures.
+
+    Views are crops of 0.2 to 1 of the area with 'minimal' or 'strong' augmentation; see `data.augment`.
+    """
     weights = task.weights
     parts = elementary(feature, task.depth)
 
@@ -68,14 +75,14 @@ def look(task: Task, source, feature: str, augmentation: str, limit: int) -> Vie
             found = forward(weights.encoder, parts, params, images)
             return jnp.concatenate([found[part] for part in parts], axis=1)
 
-        return *(features(view) for view in views_vbhwc), histogram(batch["image"]), batch["valid"]
+        return *(features(view) for view in views_vbhwc), batch["valid"]
 
     found = []
     for batch in task.batches(source, limit):
         task.check()
         found.append([np.asarray(x) for x in see(task.params, batch)])
-    *columns, valid = (np.concatenate(column) for column in zip(*found))
-    return Views(*(column[valid] for column in columns))
+    first, second, valid = (np.concatenate(column) for column in zip(*found))
+    return first[valid], second[valid]
 
 
 @jax.jit
