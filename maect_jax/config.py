@@ -103,8 +103,13 @@ def default() -> ConfigDict:
                 "only": QUICK,  # evaluations, in order; see `evaluation.protocols.EVALUATIONS`
                 "preset": "maect",  # whose protocols: 'maect', 'mae', 'dinov2', 'mimrefiner', 'lightly'
                 "feature_dtype": "float32",  # that cached features are kept in, or 'bfloat16'
-                "probe_epochs": 50,
-                "probe_batch": 1024,
+                "probe_epochs": placeholder(int),  # of the linear probe; None = as its preset
+                "probe_batch": placeholder(int),
+                "probe_from": "features",  # cached ones, or 'images': crops and flips in each epoch, as published
+                "finetune_epochs": placeholder(int),  # None = as the recipe
+                "finetune_batch": placeholder(int),
+                "lists": "",  # folder of official split lists, see docs/evaluation.md
+                "robustness": "",  # further test sets for the unchanged classifiers, with commas between
             },
             "mesh": {"fsdp": 1},  # devices that share one copy of the parameters
             "checkpoint": {"every_updates": 1000, "keep": 2, "keep_every": 0},  # keep_every in updates; 0 = none

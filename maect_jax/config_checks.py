@@ -9,7 +9,7 @@ from maect_jax.config import STAGES, TRAINED, flatten
 from maect_jax.data.augment import AUGMENTATIONS
 from maect_jax.evaluation.presets import PRESETS
 from maect_jax.evaluation.protocols import EVALUATIONS, unknown
-from maect_jax.evaluation.task import DTYPES
+from maect_jax.evaluation.task import DTYPES, PROBE_FROM
 from maect_jax.objectives.masking import patches_to_keep
 
 
@@ -68,13 +68,10 @@ def check(config: ConfigDict) -> list[str]:
             near = batch * max(1, round(config.head.queue / batch)) if batch >= 1 else 0
             need(divides, "head.queue", f"{stage}.batch = {batch} must divide it; for instance {near}")
         need(config.tune.top_k <= config.head.queue, "tune.top_k", f"the queue has only {config.head.queue} rows")
-    for key in (
-        "evaluate.batch",
-        "evaluate.probe_epochs",
-        "evaluate.probe_batch",
-        "mesh.fsdp",
-    ):
-        need(flatten(config)[key] >= 1, key, "must be at least 1")
+    lengths = [f"evaluate.{kind}_{key}" for kind in ("probe", "finetune") for key in ("epochs", "batch")]
+    for key in ("evaluate.batch", "mesh.fsdp", *lengths):
+        value = flatten(config)[key]
+        need(value is None or value >= 1, key, "must be at least 1")
     for key in ("checkpoint.every_updates", "checkpoint.keep", "log_every"):
         need(flatten(config)[key] >= 1, key, "must be at least 1")
     return problems
@@ -98,8 +95,12 @@ def _check_evaluation(config: ConfigDict) -> list[str]:
         (asked.only, EVALUATIONS, "only"),
         ((asked.preset,), PRESETS, "preset"),
         ((asked.feature_dtype,), DTYPES, "feature_dtype"),
+        ((asked.probe_from,), PROBE_FROM, "probe_from"),
     )
-    return [problem for names, table, key in tables for problem in unknown(f"config.evaluate.{key}", names, table)]
+    problems = [problem for names, table, key in tables for problem in unknown(f"config.evaluate.{key}", names, table)]
+    if "robustness" in asked.only and not asked.robustness:
+        problems.append("config.evaluate.robustness is empty: name the test sets, or take 'robustness' out of only")
+    return problems
 
 
 _AT_LEAST_ONE = ("epochs", "top_k", "queue")

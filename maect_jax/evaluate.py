@@ -107,6 +107,11 @@ def settings_of(run: Run) -> Settings:
         feature_dtype=asked.feature_dtype,
         probe_epochs=asked.probe_epochs,
         probe_batch=asked.probe_batch,
+        probe_from=asked.probe_from,
+        finetune_epochs=asked.finetune_epochs,
+        finetune_batch=asked.finetune_batch,
+        lists=asked.lists,
+        robustness=tuple(name.strip() for name in asked.robustness.split(",") if name.strip()),
     )
 
 

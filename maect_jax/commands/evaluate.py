@@ -14,7 +14,7 @@ from maect_jax.config import default
 from maect_jax.data.sources import Source, open_source
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation import presets, protocols, suite
-from maect_jax.evaluation.task import DTYPES, QUICK, Settings
+from maect_jax.evaluation.task import DTYPES, PROBE_FROM, QUICK, Settings
 from maect_jax.parallel.mesh import make_mesh
 from maect_jax.report.html import write_report
 from maect_jax.terminal import use_compilation_cache
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=256, help="pictures at a time, over all devices")
     parser.add_argument("--workers", type=int, default=0, help="loader processes; 0 = threads")
     parser.add_argument("--limit", type=int, default=10_000, help="pictures that costly analyses look at")
-    parser.add_argument("--probe-from", choices=("features", "images"), default="features", help="images: augmented")
+    parser.add_argument("--probe-from", choices=PROBE_FROM, default="features", help="images: augmented")
     parser.add_argument("--probe-epochs", type=int, metavar="N", help="instead of the preset's")
     parser.add_argument("--probe-batch", type=int, metavar="N", help="instead of the preset's")
     parser.add_argument("--finetune-epochs", type=int, metavar="N", help="instead of the recipe's")

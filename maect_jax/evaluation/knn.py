@@ -61,6 +61,7 @@ PRESETS = {
         _plain("maect-knn", 10, "configured"),
         _standardised("maect-knn-std", 10, 1e-5, "configured"),
         _standardised("mimrefiner-knn", 10, 1e-6, "cls@last"),
+        _standardised("mimrefiner-knn-mean", 10, 1e-6, "mean@last"),
         _standardised("mimrefiner-hub-knn", 20, 1e-6, "cls"),
         _plain("dinov2-knn-10", 10, "cls"),
         _plain("dinov2-knn-20", 20, "cls"),

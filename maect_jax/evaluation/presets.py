@@ -15,7 +15,10 @@ PRESETS: dict[str, dict[str, tuple[str, ...]]] = {
         "linear": ("dinov2-linear",),
         "logreg": ("dinov2-logreg",),
     },
-    "mimrefiner": {"knn": ("mimrefiner-knn", "mimrefiner-hub-knn"), "linear": ("mimrefiner-linear",)},
+    "mimrefiner": {
+        "knn": ("mimrefiner-knn", "mimrefiner-knn-mean", "mimrefiner-hub-knn"),
+        "linear": ("mimrefiner-linear",),
+    },
     "lightly": {"knn": ("lightly-knn",)},
 }
 

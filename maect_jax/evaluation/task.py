@@ -20,6 +20,7 @@ from maect_jax.parallel.mesh import batch_sharding
 from maect_jax.training.stop import StopRequest
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+PROBE_FROM = ("features", "images")
 QUICK = ("knn", "knn_layers", "retrieval", "linear", "logreg", "ridge", "cluster", "health", "colour", "pictures")
 
 
