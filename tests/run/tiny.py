@@ -19,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.head.update(epochs=2, batch=16, base_lr=1e-2, queue=32)
     config.tune.update(epochs=3, batch=16, encoder_base_lr=1e-2, head_base_lr=1e-2, frozen_blocks=1, top_k=3)
     config.tune.update(ema_factor=0.9)
-    config.evaluate.update(batch=16, probe_epochs=2, probe_batch=16)
+    config.evaluate.update(batch=16, probe_epochs=2, probe_batch=16, only=("knn", "linear", "pictures"))
     config.checkpoint.every_updates = 2
     config.log_every = 2
     if variant:
