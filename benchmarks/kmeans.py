@@ -5,7 +5,7 @@
 Both sides start from float32 features on the host and end with inertia, centres and assignment of all rows, with one
 tolerance and one maximum of iterations. From equal centres both do the same iterations; from seeds of their own the
 number of iterations differs from run to run, hence also the time; it stands beside it. Ours is
-`maect_jax.evaluation.kmeans`, compiled before the clock starts; repetitions take turns, so that other work on the
+`evaluation.clustering.kmeans`, compiled before the clock starts; repetitions take turns, so that other work on the
 machine meets both alike. scikit-learn's iterations use all cores by OpenMP; its seeds use the matrix library's threads,
 of which it gets one here: more of them wait for each other wherever a core is busy, which made seeds ten times slower.
 The mini-batch runs that large sets get stand beside, with the inertia they give away.
@@ -26,7 +26,7 @@ import sklearn
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from maect_jax.evaluation import kmeans
+from maect_jax.evaluation.clustering import kmeans
 from maect_jax.parallel.mesh import make_mesh
 
 ROWS, WIDTH, CLUSTERS, SOURCES = 50_000, 512, 100, 200

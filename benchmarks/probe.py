@@ -25,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from maect_jax.data.sources import ArraySource
-from maect_jax.evaluation import linear, linear_images
-from maect_jax.evaluation.linear_heads import PRESETS
+from maect_jax.evaluation.probes import linear, linear_images
+from maect_jax.evaluation.probes.linear_heads import PRESETS
 from maect_jax.models.vit import ViT
 from maect_jax.parallel.mesh import make_mesh
 

@@ -5,8 +5,10 @@ from dataclasses import asdict
 
 import numpy as np
 
-from maect_jax.evaluation import cluster, knn, labelled, linear, linear_heads, linear_images, logistic, retrieval, ridge
+from maect_jax.evaluation import knn, labelled, retrieval
+from maect_jax.evaluation.clustering import cluster
 from maect_jax.evaluation.presets import presets
+from maect_jax.evaluation.probes import linear, linear_heads, linear_images, logistic, ridge
 from maect_jax.evaluation.splits import SplitScores
 from maect_jax.evaluation.task import Measurement, Task, data_hash
 

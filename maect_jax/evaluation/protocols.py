@@ -7,8 +7,9 @@ use in `task.results`. Settings live in the preset tables of the modules that do
 import difflib
 from collections.abc import Callable, Iterable, Iterator
 
-from maect_jax.evaluation import knn, linear_heads, on_features, on_pictures
+from maect_jax.evaluation import knn, on_features, on_pictures
 from maect_jax.evaluation.presets import presets
+from maect_jax.evaluation.probes import linear_heads
 from maect_jax.evaluation.task import Measurement, Task
 
 Evaluation = Callable[[Task], Iterator[Measurement]]

@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler, normalize
 
 from maect_jax.errors import ConfigError, DataError
-from maect_jax.evaluation import cluster
+from maect_jax.evaluation.clustering import cluster
 from maect_jax.parallel.mesh import make_mesh
 from small import one_device
 

@@ -6,7 +6,7 @@ import pytest
 from sklearn import metrics
 
 from maect_jax.errors import DataError
-from maect_jax.evaluation import cluster_scores as scores
+from maect_jax.evaluation.clustering import cluster_scores as scores
 from maect_jax.parallel.mesh import make_mesh
 from small import one_device
 

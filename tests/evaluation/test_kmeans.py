@@ -10,8 +10,8 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score
 
 from maect_jax.errors import ConfigError, DataError
-from maect_jax.evaluation import kmeans
-from maect_jax.evaluation.nearest_centres import members, nearest
+from maect_jax.evaluation.clustering import kmeans
+from maect_jax.evaluation.clustering.nearest_centres import members, nearest
 from maect_jax.parallel.mesh import make_mesh
 from small import one_device
 

@@ -10,8 +10,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from maect_jax.errors import ConfigError, DataError, Preempted
-from maect_jax.evaluation import linear, linear_selection
-from maect_jax.evaluation.linear_heads import PRESETS, LinearProbe, learning_rate_factor
+from maect_jax.evaluation.probes import linear, linear_selection
+from maect_jax.evaluation.probes.linear_heads import PRESETS, LinearProbe, learning_rate_factor
 from maect_jax.evaluation.rows import hold_out
 from maect_jax.parallel.mesh import make_mesh
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from maect_jax.errors import ConfigError
-from maect_jax.evaluation import linear_heads
-from maect_jax.evaluation.linear_heads import PRESETS
+from maect_jax.evaluation.probes import linear_heads
+from maect_jax.evaluation.probes.linear_heads import PRESETS
 
 BATCH, CLASSES, WIDTHS = 32, 5, {"a": 12, "b": 7}
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 from maect_jax.data.sources import ArraySource, open_source
 from maect_jax.errors import DataError, Preempted
-from maect_jax.evaluation import linear, linear_images
-from maect_jax.evaluation.linear_heads import PRESETS
+from maect_jax.evaluation.probes import linear, linear_images
+from maect_jax.evaluation.probes.linear_heads import PRESETS
 from maect_jax.models.patches import patchify
 from maect_jax.models.vit import ViT
 from maect_jax.parallel.mesh import make_mesh

@@ -10,8 +10,8 @@ from scipy.special import logsumexp, softmax
 from sklearn.linear_model import LogisticRegression
 
 from maect_jax.errors import ConfigError, DataError
-from maect_jax.evaluation import logistic, logistic_solver
-from maect_jax.evaluation.logistic_solver import predict, solve
+from maect_jax.evaluation.probes import logistic, logistic_solver
+from maect_jax.evaluation.probes.logistic_solver import predict, solve
 from maect_jax.evaluation.rows import hold_out
 from maect_jax.evaluation.splits import generate
 from maect_jax.parallel.mesh import make_mesh

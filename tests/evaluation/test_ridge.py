@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maect_jax.errors import DataError
-from maect_jax.evaluation import ridge
+from maect_jax.evaluation.probes import ridge
 from maect_jax.evaluation.splits import generate, list_hash
 from maect_jax.parallel.mesh import make_mesh
 

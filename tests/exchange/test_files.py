@@ -12,13 +12,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
-from torch_files import torch
 
 from maect_jax.errors import CheckpointError, ConfigError
 from maect_jax.exchange.files import open_encoder, read_tensors
 from maect_jax.exchange.layouts import LAYOUTS, to_layout
 from maect_jax.models.vit import ViT
 from small import encoder_of, mae_tree
+from torch_files import torch
 
 CFG = dict(img_size=32, patch_size=8, dim=24, depth=3, heads=2, decoder_dim=16, decoder_depth=2, decoder_heads=2)
 ENCODERS = [layout for layout in LAYOUTS if not layout.startswith("maect_head")]

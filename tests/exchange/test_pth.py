@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch_files import attempt, crafted, refusal, saved, torch
 
 from maect_jax.exchange.pth import Opaque, read_pth
+from torch_files import attempt, crafted, refusal, saved, torch
 
 DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 

@@ -11,11 +11,11 @@ import zipfile
 
 import numpy as np
 import pytest
-from torch_files import attempt, crafted, refusal, saved, torch
 
 from maect_jax.errors import CheckpointError
 from maect_jax.exchange.archive import Archive
 from maect_jax.exchange.pth import read_pth
+from torch_files import attempt, crafted, refusal, saved, torch
 
 # ----------------------------------------------------------------------------------------------------- hostile programs
 

@@ -3,7 +3,7 @@
 import pytest
 
 import golden
-from maect_jax.evaluation import cluster_scores as scores
+from maect_jax.evaluation.clustering import cluster_scores as scores
 
 
 @pytest.mark.parametrize("case", range(3))

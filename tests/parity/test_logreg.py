@@ -6,8 +6,8 @@ import pytest
 from scipy.special import logsumexp
 
 import golden
-from maect_jax.evaluation import logistic
-from maect_jax.evaluation.logistic_solver import predict, solve
+from maect_jax.evaluation.probes import logistic
+from maect_jax.evaluation.probes.logistic_solver import predict, solve
 from maect_jax.parallel.mesh import make_mesh
 
 

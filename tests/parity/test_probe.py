@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import golden
-from maect_jax.evaluation import linear_heads
-from maect_jax.evaluation.linear_heads import PRESETS
+from maect_jax.evaluation.probes import linear_heads
+from maect_jax.evaluation.probes.linear_heads import PRESETS
 
 
 def preset_of(**changes):

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+
 from made_up import (
     HOSTILE,
     Page,
@@ -16,7 +17,6 @@ from made_up import (
     make_scatter,
     make_workdir,
 )
-
 from maect_jax.errors import DataError
 from maect_jax.report import charts
 from maect_jax.report.files import STAGES

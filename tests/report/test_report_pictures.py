@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 import pytest
-from made_up import CLASSES, Page, make_attention, make_clusters, make_confusion, make_scatter
 from PIL import Image
 
+from made_up import CLASSES, Page, make_attention, make_clusters, make_confusion, make_scatter
 from maect_jax.report.html import write_report
 
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from made_up import HOSTILE, RESULTS, Page, make_record, make_workdir, write_lines
 
+from made_up import HOSTILE, RESULTS, Page, make_record, make_workdir, write_lines
 from maect_jax.report.html import write_report
 
 HEADINGS = {

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maect_jax.errors import ConfigError, DataError
-from maect_jax.evaluation import cluster_scores, kmeans
-from maect_jax.evaluation.nearest_centres import Rows, load_rows
+from maect_jax.evaluation.clustering import cluster_scores, kmeans
+from maect_jax.evaluation.clustering.nearest_centres import Rows, load_rows
 from maect_jax.evaluation.rows import check_rows
 from maect_jax.objectives.nnclr import unit
 from maect_jax.parallel.mesh import replicated

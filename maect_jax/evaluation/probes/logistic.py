@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maect_jax.errors import ConfigError, DataError
-from maect_jax.evaluation.logistic_solver import MAX_ITERATIONS, MEMORY, TOLERANCE, predict, solve
+from maect_jax.evaluation.probes.logistic_solver import MAX_ITERATIONS, MEMORY, TOLERANCE, predict, solve
 from maect_jax.evaluation.rows import check_rows, hold_out, pad_rows
 from maect_jax.evaluation.splits import SplitScores, list_hash, score_splits
 

@@ -22,9 +22,9 @@ from maect_jax.data.pipeline import training_batches
 from maect_jax.data.sources import Source
 from maect_jax.data.subset import SubsetSource
 from maect_jax.evaluation.features import elementary, forward
-from maect_jax.evaluation.linear import first_state
-from maect_jax.evaluation.linear_heads import LinearPreset, probe_step
-from maect_jax.evaluation.linear_selection import (
+from maect_jax.evaluation.probes.linear import first_state
+from maect_jax.evaluation.probes.linear_heads import LinearPreset, probe_step
+from maect_jax.evaluation.probes.linear_selection import (
     LinearResult,
     MeasuredRows,
     Probes,

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maect_jax.errors import DataError
-from maect_jax.evaluation.logistic_solver import predict
+from maect_jax.evaluation.probes.logistic_solver import predict
 from maect_jax.evaluation.rows import check_rows, copy
 from maect_jax.evaluation.splits import SplitScores, generate, in_class_rank, list_hash, score_splits
 

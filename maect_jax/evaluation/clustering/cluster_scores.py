@@ -17,7 +17,7 @@ from scipy.spatial.distance import pdist, squareform
 from scipy.special import gammaln
 
 from maect_jax.errors import DataError
-from maect_jax.evaluation.nearest_centres import members, on_cpu
+from maect_jax.evaluation.clustering.nearest_centres import members, on_cpu
 from maect_jax.evaluation.rows import check_rows, copy, pad_rows, round_up, split
 from maect_jax.parallel.mesh import replicated
 

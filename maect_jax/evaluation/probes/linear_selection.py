@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maect_jax.errors import ConfigError
-from maect_jax.evaluation.linear_heads import (
+from maect_jax.evaluation.probes.linear_heads import (
     INIT_STD,
     MOMENTUM,
     PRESETS,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from maect_jax.evaluation.nearest_centres import Rows
+from maect_jax.evaluation.clustering.nearest_centres import Rows
 from maect_jax.evaluation.rows import copy
 from maect_jax.parallel.mesh import replicated
 

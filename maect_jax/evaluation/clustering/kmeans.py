@@ -19,8 +19,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maect_jax.errors import ConfigError
-from maect_jax.evaluation.kmeans_seeds import restart_keys, seeds_of_all, seeds_of_drawn
-from maect_jax.evaluation.nearest_centres import Rows, load_rows, look_at_rows, measure, members, nearest, on_cpu
+from maect_jax.evaluation.clustering.kmeans_seeds import restart_keys, seeds_of_all, seeds_of_drawn
+from maect_jax.evaluation.clustering.nearest_centres import (
+    Rows,
+    load_rows,
+    look_at_rows,
+    measure,
+    members,
+    nearest,
+    on_cpu,
+)
 from maect_jax.evaluation.rows import copy
 from maect_jax.parallel.mesh import replicated
 
