@@ -99,12 +99,13 @@ def split_rows(source: Source, rows: np.ndarray, seed: int) -> tuple[np.ndarray,
 
 def _protocol(recipe: Recipe, encoder: ViT, clock: Clock, batch: int) -> dict:
     settings = asdict(recipe)
-    published = asdict(recipe_for(recipe.name, *_shape(encoder)))
+    published = asdict(recipe_for(recipe.name, encoder.width, encoder.depth, encoder.patch))
     changed = {key: published[key] for key in settings if settings[key] != published[key]}
     if batch != published["batch"]:
         changed["batch"] = published["batch"]
+    size = settings.pop("size")
     return settings | {
-        "recipe_size": settings.pop("size"),
+        "recipe_size": size,
         "instead_of_published": changed,
         "batch": batch,
         "updates": clock.updates,
@@ -115,7 +116,7 @@ def _protocol(recipe: Recipe, encoder: ViT, clock: Clock, batch: int) -> dict:
         "positions": "learned, from the fixed table of the picture size",
         "head_start": f"normal, deviation {HEAD_STD}; bias 0",
         "loss": "cross-entropy with soft targets",
-        "mixing": f"a batch is mixed by one of mixup and CutMix, with probability {MIXING_SWITCH} each",
+        "mixing": f"each batch by mixup or CutMix, share of CutMix {MIXING_SWITCH}" if recipe.mixup else "none",
         "image_size": encoder.image_size,
         "compute": np.dtype(encoder.dtype).name,
         "selection": "heldout",
@@ -123,7 +124,3 @@ def _protocol(recipe: Recipe, encoder: ViT, clock: Clock, batch: int) -> dict:
         "reported_weights": "the chosen epoch's, trained on the kept rows only",
         "candidates": recipe.epochs,
     }
-
-
-def _shape(encoder: ViT) -> tuple[int, int, int]:
-    return encoder.width, encoder.depth, encoder.patch

@@ -45,7 +45,7 @@ def pictures(name, count, seed):
 @pytest.fixture(scope="module")
 def data():
     params = jax.jit(lambda: ENCODER.init(jax.random.key(0), jnp.zeros((1, 16, 48)))["params"])()
-    return jax.device_get(params), pictures("train", 96, 0), pictures("test", 33, 1)
+    return params, pictures("train", 96, 0), pictures("test", 33, 1)
 
 
 ROWS = np.arange(90)
@@ -124,6 +124,10 @@ def test_the_kept_weights_give_the_reported_pictures(data, whole):
     logits, _ = jax.jit(found.model.apply)({"params": found.params}, patchify(jnp.asarray(images_bhwc, jnp.float32), 4))
     np.testing.assert_array_equal(np.argmax(logits, axis=1) == test.labels, found.correct)
     assert (found.weights / "state").exists()
+
+
+def test_the_encoder_that_was_given_is_still_there(data, whole):
+    jax.block_until_ready(jax.tree.map(jnp.square, data[0]))  # an array whose memory was given away would raise
 
 
 def test_the_protocol_says_what_was_done(whole):
