@@ -45,8 +45,7 @@ def optimum(x, y, l2) -> np.ndarray:
     return model.fit(x.astype(np.float64), y).coef_.T
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("rows, width", [(203, 10), (12, 40)])  # more rows than features, and fewer; padding on eight
+@pytest.mark.parametrize("rows, width, devices", [(203, 10, 1), (203, 10, 8), (12, 40, 8)])  # also fewer than features
 def test_objective_and_predictions_are_those_of_scikit_learn(rows, width, devices):
     (x, y), (test, _) = features(rows, 0, width), features(300, 1, width)
     y[:CLASSES] = np.arange(CLASSES)
@@ -121,11 +120,12 @@ def test_a_problem_in_a_batch_is_as_if_alone():
     l2 = np.array([1.0, 1e-4])
     both = solve(mesh_of(1), x, y, l2, CLASSES)
     assert both.iterations[0] < both.iterations[1]
-    for i, (xi, yi) in enumerate(((x0, y0), (x1, y1))):
-        alone = solve(mesh_of(1), xi[None], yi[None], l2[i : i + 1], CLASSES)
-        assert both.objective[i] == pytest.approx(alone.objective[0], rel=3e-6)
-        distance = np.linalg.norm(both.weights_sdc[i] - alone.weights_sdc[0])
-        assert distance < 5e-3 * np.linalg.norm(alone.weights_sdc[0])
+    alone = solve(mesh_of(1), x1[None], y1[None], l2[1:], CLASSES)
+    assert both.objective[1] == pytest.approx(alone.objective[0], rel=3e-6)
+    distance = np.linalg.norm(both.weights_sdc[1] - alone.weights_sdc[0])
+    assert distance < 5e-3 * np.linalg.norm(alone.weights_sdc[0])
+    best = optimum(x0, y0, l2[0])  # the one that stood still
+    np.testing.assert_allclose(both.weights_sdc[0], best, atol=2e-3 * abs(best).max())
 
 
 def test_the_same_value_on_one_and_eight_devices():
