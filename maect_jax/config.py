@@ -108,6 +108,7 @@ def default() -> ConfigDict:
                 "probe_from": "features",  # cached ones, or 'images': crops and flips in each epoch, as published
                 "finetune_epochs": placeholder(int),  # None = as the recipe
                 "finetune_batch": placeholder(int),
+                "finetune_base_lr": placeholder(float),  # peak rate = base_lr * batch / 256
                 "lists": "",  # folder of official split lists, see docs/evaluation.md
                 "robustness": "",  # further test sets for the unchanged classifiers, with commas between
             },

@@ -72,6 +72,8 @@ def check(config: ConfigDict) -> list[str]:
     for key in ("evaluate.batch", "mesh.fsdp", *lengths):
         value = flatten(config)[key]
         need(value is None or value >= 1, key, "must be at least 1")
+    rate = config.evaluate.finetune_base_lr
+    need(rate is None or rate > 0, "evaluate.finetune_base_lr", "must be positive")
     for key in ("checkpoint.every_updates", "checkpoint.keep", "log_every"):
         need(flatten(config)[key] >= 1, key, "must be at least 1")
     return problems

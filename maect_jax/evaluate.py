@@ -110,6 +110,7 @@ def settings_of(run: Run) -> Settings:
         probe_from=asked.probe_from,
         finetune_epochs=asked.finetune_epochs,
         finetune_batch=asked.finetune_batch,
+        finetune_base_lr=asked.finetune_base_lr,
         lists=asked.lists,
         robustness=tuple(name.strip() for name in asked.robustness.split(",") if name.strip()),
     )

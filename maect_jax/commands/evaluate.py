@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probe-batch", type=int, metavar="N", help="instead of the preset's")
     parser.add_argument("--finetune-epochs", type=int, metavar="N", help="instead of the recipe's")
     parser.add_argument("--finetune-batch", type=int, metavar="N", help="instead of the recipe's")
+    parser.add_argument("--finetune-base-lr", type=float, metavar="X", help="instead of the recipe's, for small data")
     parser.add_argument("--fsdp", type=int, default=1, help="devices that share one copy of the parameters")
 
 
@@ -115,6 +116,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     """
     positive = ("batch", "limit", "probe_epochs", "probe_batch", "finetune_epochs", "finetune_batch")
     wrong = [name for name in positive if (value := getattr(arguments, name)) is not None and value < 1]
+    if arguments.finetune_base_lr is not None and not arguments.finetune_base_lr > 0:
+        raise ConfigError(f"--finetune-base-lr {arguments.finetune_base_lr}: must be positive")
     if wrong:
         raise ConfigError(
             [f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1" for name in wrong]
@@ -131,6 +134,7 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         probe_from=arguments.probe_from,
         finetune_epochs=arguments.finetune_epochs,
         finetune_batch=arguments.finetune_batch,
+        finetune_base_lr=arguments.finetune_base_lr,
         lists=arguments.lists,
         robustness=_names(arguments.robustness),
     )

@@ -1,6 +1,8 @@
 """Evaluations that must see pictures: fine-tuning, augmented views, colours, other test sets, figures of the report."""
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -61,7 +63,17 @@ def finetune(task: Task) -> Iterator[Measurement]:
     for name in presets(task, "finetune"):
         encoder = weights.encoder
         recipe = recipe_for(name, encoder.width, encoder.depth, encoder.patch)
+        recipe = replace(recipe, base_lr=settings.finetune_base_lr or recipe.base_lr)
         split = labelled.share(task, f"{100 * recipe.share:g}pct")
+        asked = [
+            recipe,
+            settings.finetune_epochs,
+            settings.finetune_batch,
+            split.record,
+            task.sha256,
+            encoder.image_size,
+        ]
+        asked += [source.fingerprint() for source in (task.train, task.test)]
         found = fine_tune(
             task.params,
             encoder,
@@ -70,7 +82,7 @@ def finetune(task: Task) -> Iterator[Measurement]:
             split.rows,
             recipe,
             mesh=task.mesh,
-            folder=task.folder / "finetune" / f"{name}_{task.stage_folder}_{task.sha256[:12]}",
+            folder=task.folder / "finetune" / f"{name}_{hashlib.sha256(repr(asked).encode()).hexdigest()[:12]}",
             seed=weights.seed,
             stop=task.stop,
             mean=weights.mean,

@@ -65,7 +65,8 @@ class Settings:
       feature_dtype: that features are kept in, a key of `DTYPES`.
       probe_epochs, probe_batch: of the linear probe instead of its preset's; None = as published.
       probe_from: 'features' (cached, no augmentation) or 'images' (random crop and flip in each epoch, as published).
-      finetune_epochs, finetune_batch: instead of the recipe's; None = as published.
+      finetune_epochs, finetune_batch, finetune_base_lr: instead of the recipe's; None = as published. The published
+        rates presuppose ImageNet's number of updates; on a few hundred pictures they hardly train.
       lists: folder of split lists; see `protocols.low_shot_splits`. '' = generated ones.
       robustness: names of further test sets, to which the linear probe is applied unchanged.
     """
@@ -81,6 +82,7 @@ class Settings:
     probe_from: str = "features"
     finetune_epochs: int | None = None
     finetune_batch: int | None = None
+    finetune_base_lr: float | None = None
     lists: str = ""
     robustness: tuple[str, ...] = ()
 
