@@ -116,7 +116,7 @@ def report(rows: list[dict], load: list[float]) -> None:
         **{module.__name__: module.__version__ for module in (jax, jaxlib, np, sklearn)},
     }
     settings = {"rows": ROWS, "width": WIDTH, "clusters": CLUSTERS, "gaussians": SOURCES, "tolerance": 1e-4}
-    settings |= {"max_iterations": 300, "mini_batch": {"batch": kmeans.BATCH, "steps": kmeans.STEPS}}
+    settings |= {"max_iterations": 300, "mini_batch": {"batch": kmeans.batch_size(CLUSTERS), "steps": kmeans.STEPS}}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps({"machine": machine, "settings": settings, "rows": rows}, indent=2) + "\n")
 

@@ -81,6 +81,14 @@ def test_the_algorithm_follows_the_number_of_rows_and_is_told():
         assert (protocol["clusters"], protocol["rows"], protocol["seed"], protocol["runs"]) == (4, 240, 5, 4)
 
 
+def test_the_batch_follows_the_number_of_clusters_where_it_is_not_set():
+    x_nd, label_n = rows()
+    preset = dataclasses.replace(OURS, algorithm="mini-batch", batch=None, runs=1, steps=2)
+    protocol = cluster.evaluate_cluster(one_device(), x_nd, label_n, preset, classes=8).protocol
+    assert (protocol["batch"], protocol["steps"]) == (4096, 2)
+    assert protocol["seeding"] == "greedy k-means++, 12288 drawn rows"
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_preprocessing_is_that_of_scikit_learn(devices):
     mesh = make_mesh(devices=jax.devices()[:devices])

@@ -158,6 +158,14 @@ def test_mini_batches_come_near_full_lloyd():
     assert drawn.inertia.min() <= 1.03 * full.inertia.min()
 
 
+def test_large_enough_batches_find_many_clusters_in_wide_features():
+    x_nd, label_n = blobs(rows=4000, width=128, centres=200, noise=3.0)
+    sizes = (kmeans.batch_size(200), 512)  # with less than three rows a cluster few centres take all rows
+    found = [kmeans.mini_batch(one_device(), x_nd, 200, batch=batch, steps=20) for batch in sizes]
+    enough, too_few = (adjusted_rand_score(label_n, run.assignment[0]) for run in found)
+    assert enough > 0.8 > too_few
+
+
 def test_seeds_spread_as_well_as_scikit_learns():
     x_nd, _ = blobs(rows=2000, centres=40, noise=0.1)
     ours = kmeans.lloyd(one_device(), x_nd, 40, restarts=5).inertia

@@ -58,7 +58,7 @@ class ClusterPreset:
       algorithm: 'lloyd', 'mini-batch', or 'auto': Lloyd's up to `lloyd_rows` rows.
       runs: restarts from seeds of their own.
       max_iterations, tolerance: of `kmeans.lloyd`.
-      batch, steps: of `kmeans.mini_batch`.
+      batch, steps: of `kmeans.mini_batch`; a batch of None follows from the number of clusters.
       silhouette_rows: sample of the silhouette, at most.
     """
 
@@ -68,11 +68,11 @@ class ClusterPreset:
     class_names: tuple[str, ...] | None = None
     preprocessing: str = "l2"
     algorithm: str = "auto"
-    lloyd_rows: int = 20_000
+    lloyd_rows: int = 100_000  # mini-batches that find as good clusters take as long up to about here
     runs: int = 100
     max_iterations: int = 300
     tolerance: float = 1e-4
-    batch: int = kmeans.BATCH
+    batch: int | None = None
     steps: int = kmeans.STEPS
     silhouette_rows: int = cluster_scores.SILHOUETTE_ROWS
 
@@ -162,7 +162,7 @@ def evaluate_cluster(
         length = {"max_iterations": preset.max_iterations, "tolerance": preset.tolerance}
         found = kmeans.lloyd(mesh, features, clusters, **length, **settings)
     else:
-        length = {"batch": preset.batch, "steps": preset.steps}
+        length = {"batch": preset.batch or kmeans.batch_size(clusters), "steps": preset.steps}
         found = kmeans.mini_batch(mesh, features, clusters, **length, **settings)
 
     runs = {name: np.zeros(preset.runs) for name in SCORES} | {"inertia": found.inertia}
@@ -197,7 +197,8 @@ def evaluate_cluster(
             "algorithm": "full Lloyd" if full else "mini-batch",
             "algorithm_rule": f"full Lloyd up to {preset.lloyd_rows} rows" if preset.algorithm == "auto" else "set",
             **length,
-            "seeding": "greedy k-means++, " + ("all rows" if full else f"{3 * max(preset.batch, clusters)} drawn rows"),
+            "seeding": "greedy k-means++, "
+            + ("all rows" if full else f"{3 * max(length['batch'], clusters)} drawn rows"),
             "seed": seed,
             "selection": "lowest inertia over all rows, no labels",
             "candidates": preset.runs,

@@ -32,7 +32,7 @@ from maect_jax.evaluation.clustering.nearest_centres import (
 from maect_jax.evaluation.rows import copy
 from maect_jax.parallel.mesh import replicated
 
-BATCH, STEPS = 4096, 100  # of mini-batch k-means
+STEPS = 100  # mini-batches of a restart
 COLUMNS = 128  # clusters of a group of restarts: a matrix product gains little from more
 STEPS_A_CALL = 10  # between two calls of `check`
 RARE = 0.01  # a centre met less often than this share of the most frequent one starts anew
@@ -104,6 +104,15 @@ def lloyd(
     return _run(mesh, rows, mean_d, clusters, restarts, fit)
 
 
+def batch_size(clusters: int) -> int:
+    """Rows of a mini-batch that suit a number of clusters: sixteen rows a cluster, but no less than 4096.
+
+    With few rows a cluster the first centres that are means of several rows are nearer to every row than those that are
+    still a single row each, and take them all: in wide features most clusters are then never found.
+    """
+    return max(4096, 16 * clusters)
+
+
 def mini_batch(
     mesh: Mesh,
     features,
@@ -111,16 +120,18 @@ def mini_batch(
     *,
     restarts: int = 1,
     seed: int = 0,
-    batch: int = BATCH,
+    batch: int | None = None,
     steps: int = STEPS,
     check: Callable[[], None] = lambda: None,
 ) -> KMeansResult:
     """K-means on `steps` mini-batches: each centre is the mean of all rows of batches that were ever nearest to it.
 
-    Batches are drawn with replacement. Seeds come from k-means++ on max(3 * batch, 3 * clusters) rows, drawn likewise.
-    Whenever ten rows a cluster have been drawn, centres met less than `RARE` times as often as the most frequent one
-    move to rows of the batch. Inertia and assignment are those of all rows. Arguments and errors as in `lloyd`.
+    Batches have `batch` rows, drawn with replacement; None = `batch_size(clusters)`. Seeds come from k-means++ on
+    3 * max(batch, clusters) rows, drawn likewise. Whenever ten rows a cluster have been drawn, centres met less than
+    `RARE` times as often as the most frequent one move to rows of the batch. Inertia and assignment are those of all
+    rows. Arguments and errors as in `lloyd`.
     """
+    batch = batch_size(clusters) if batch is None else batch
     _check_numbers(clusters=clusters, restarts=restarts, batch=batch, steps=steps)
     rows, mean_d, _ = load_rows(mesh, features, clusters)
 
