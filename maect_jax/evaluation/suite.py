@@ -68,7 +68,14 @@ def evaluate(weights: Iterable[Weights], train: Source, test: Source, settings: 
             began, task.cached = time.perf_counter(), True
             found = list(protocols.EVALUATIONS[evaluation](task))
             cost = {"seconds": round(time.perf_counter() - began, 3), "cache": task.cached}
-            new = [_record(task, evaluation, measured, data, cost) for measured in found]
+            for measured in found:
+                if not np.isfinite(measured.value):
+                    name = f"{measured.protocol['name']}: {measured.metric}"
+                    place.say(
+                        f"warning: {subject.stage}, {name} is not defined ({measured.value}): collapsed features?"
+                    )
+            defined = [measured for measured in found if np.isfinite(measured.value)]
+            new = [_record(task, evaluation, measured, data, cost) for measured in defined]
             if place.leader and new:
                 add_records(place.workdir / "results.jsonl", new)
             records += new
