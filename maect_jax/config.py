@@ -109,6 +109,7 @@ def default() -> ConfigDict:
                 "finetune_epochs": placeholder(int),  # None = as the recipe
                 "finetune_batch": placeholder(int),
                 "finetune_base_lr": placeholder(float),  # peak rate = base_lr * batch / 256
+                "finetune_ema": placeholder(float),  # evaluate a moving average of the weights with this factor
                 "lists": "",  # folder of official split lists, see docs/evaluation.md
                 "robustness": "",  # further test sets for the unchanged classifiers, with commas between
             },

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from maect_jax.config import STAGES, TRAINED, flatten
 from maect_jax.data.augment import AUGMENTATIONS
 from maect_jax.evaluation.presets import PRESETS
-from maect_jax.evaluation.protocols import EVALUATIONS, unknown
+from maect_jax.evaluation.protocols import EVALUATIONS, unknown, unusable_robustness
 from maect_jax.evaluation.task import DTYPES, PROBE_FROM
 from maect_jax.objectives.masking import patches_to_keep
 
@@ -74,6 +74,8 @@ def check(config: ConfigDict) -> list[str]:
         need(value is None or value >= 1, key, "must be at least 1")
     rate = config.evaluate.finetune_base_lr
     need(rate is None or rate > 0, "evaluate.finetune_base_lr", "must be positive")
+    average = config.evaluate.finetune_ema
+    need(average is None or 0 <= average < 1, "evaluate.finetune_ema", "must be at least 0 and below 1")
     for key in ("checkpoint.every_updates", "checkpoint.keep", "log_every"):
         need(flatten(config)[key] >= 1, key, "must be at least 1")
     return problems
@@ -100,9 +102,7 @@ def _check_evaluation(config: ConfigDict) -> list[str]:
         ((asked.probe_from,), PROBE_FROM, "probe_from"),
     )
     problems = [problem for names, table, key in tables for problem in unknown(f"config.evaluate.{key}", names, table)]
-    if "robustness" in asked.only and not asked.robustness:
-        problems.append("config.evaluate.robustness is empty: name the test sets, or take 'robustness' out of only")
-    return problems
+    return problems + unusable_robustness(asked.only, tuple(asked.robustness.split()))
 
 
 _AT_LEAST_ONE = ("epochs", "top_k", "queue")

@@ -111,6 +111,7 @@ def settings_of(run: Run) -> Settings:
         finetune_epochs=asked.finetune_epochs,
         finetune_batch=asked.finetune_batch,
         finetune_base_lr=asked.finetune_base_lr,
+        finetune_ema=asked.finetune_ema,
         lists=asked.lists,
         robustness=tuple(name.strip() for name in asked.robustness.split(",") if name.strip()),
     )

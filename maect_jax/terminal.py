@@ -37,6 +37,9 @@ def guard(action: Callable[[], None]) -> int:
         text = "\n".join(f"  {line}" for line in str(error).splitlines())
         print(f"{_KIND.get(error.status, 'error')}:\n{text}", file=sys.stderr, flush=True)
         return error.status
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"file error:\n  {error}", file=sys.stderr, flush=True)
+        return 1
 
 
 def use_compilation_cache() -> None:

@@ -1,5 +1,6 @@
 """The encoders that a path stands for: a run, one of its stages or checkpoints, or a file in somebody's layout."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,9 +67,15 @@ def open_weights(path: str, mesh: Mesh, instead: Instead = Instead()) -> list[We
             "folder with model.safetensors"
         )
     config = run_settings(run)
+    if instead.heads:
+        raise ConfigError(f"--heads: '{path}' is a run, which knows its heads; leave it out")
     for section, key in ((config.model, "pooling"), (config.model, "image_size"), (config.model, "dtype")):
         section[key] = getattr(instead, key) or section[key]
     config.data.resize_ratio = instead.resize_ratio or config.data.resize_ratio
+    if config.model.image_size % config.model.patch:
+        raise ConfigError(
+            f"--image-size {config.model.image_size}: must be a multiple of the patch, {config.model.patch}"
+        )
     if root == run:
         found = of_run(config, root, mesh, path)
         if not found:
@@ -82,7 +89,8 @@ def open_weights(path: str, mesh: Mesh, instead: Instead = Instead()) -> list[We
             )
         return of_stage(config, root, mesh, path)
     stage, step = root.parent.parent.name, int(root.name)
-    return _of_parts(config, stage, step, path, lambda: handover.read_step(root, mesh))
+    found = _of_parts(config, stage, step, path, lambda: handover.read_step(root, mesh))
+    return [dataclasses.replace(weights, stage=f"{weights.stage} @ {step}") for weights in found]
 
 
 def run_folder(path: str) -> epath.Path | None:

@@ -5,6 +5,7 @@ arrays of these names, nothing pickled.
 """
 
 import argparse
+from collections.abc import Iterable
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet
 from etils import epath
 
-from maect_jax.commands.evaluate import add_instead, check_devices, data_of, instead_of
+from maect_jax.commands.evaluate import add_instead, check_counts, check_devices, data_of, instead_of, names_of
 from maect_jax.data.sources import Source, open_source
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation.features import Features, elementary
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    check_counts(arguments)
     out = absolute(arguments.out)
     if out.suffix not in KINDS:
         raise ConfigError(f"--out '{arguments.out}': must end in {' or '.join(KINDS)}")
@@ -52,7 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
     subject = [weights for weights in found if weights.stage != RAW][-1]
     name = data.train if arguments.split == "train" else data.test
     source = open_source(name, arguments.split, channels=subject.channels, key="--data")
-    names = (arguments.feature or subject.pooling).split(",")
+    names = names_of(arguments.feature) or (subject.pooling,)
     for feature in names:
         elementary(feature, subject.encoder.depth)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +67,7 @@ def main(arguments: argparse.Namespace) -> None:
         print(out, flush=True)
 
 
-def write(out: epath.Path, source: Source, features: Features, names: list[str]) -> None:
+def write(out: epath.Path, source: Source, features: Features, names: Iterable[str]) -> None:
     """Writes a row a picture; see the module's docstring."""
     files = source.file_names()
     columns = {

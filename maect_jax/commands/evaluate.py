@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--finetune-epochs", type=int, metavar="N", help="instead of the recipe's")
     parser.add_argument("--finetune-batch", type=int, metavar="N", help="instead of the recipe's")
     parser.add_argument("--finetune-base-lr", type=float, metavar="X", help="instead of the recipe's, for small data")
+    parser.add_argument(
+        "--finetune-ema", type=float, metavar="X", help="evaluate an average of the weights, 0.9999 say"
+    )
     parser.add_argument("--fsdp", type=int, default=1, help="devices that share one copy of the parameters")
 
 
@@ -61,18 +64,7 @@ def add_instead(parser: argparse.ArgumentParser) -> None:
 
 
 def instead_of(arguments: argparse.Namespace) -> Instead:
-    """The options of `add_instead`.
-
-    Raises:
-      ConfigError: a size or number that can not be.
-    """
-    if arguments.resize_ratio is not None and not 1 <= arguments.resize_ratio <= 10:
-        raise ConfigError(f"--resize-ratio {arguments.resize_ratio}: must lie between 1 and 10")
-    wrong = [name for name in ("image_size", "heads") if (value := getattr(arguments, name)) is not None and value < 1]
-    if wrong:
-        raise ConfigError(
-            [f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1" for name in wrong]
-        )
+    """The options of `add_instead`."""
     return Instead(**{field.name: getattr(arguments, field.name) for field in fields(Instead)})
 
 
@@ -86,6 +78,7 @@ class Data:
 
 
 def main(arguments: argparse.Namespace) -> None:
+    check_counts(arguments)
     settings = settings_of(arguments)
     suite.check_settings(settings)
     data = data_of(arguments.weights, arguments.train, arguments.test, arguments.workdir)
@@ -109,21 +102,12 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
-    """The command line as settings of the suite.
-
-    Raises:
-      ConfigError: a number that is not positive.
-    """
-    positive = ("batch", "limit", "probe_epochs", "probe_batch", "finetune_epochs", "finetune_batch")
-    wrong = [name for name in positive if (value := getattr(arguments, name)) is not None and value < 1]
-    if arguments.finetune_base_lr is not None and not arguments.finetune_base_lr > 0:
-        raise ConfigError(f"--finetune-base-lr {arguments.finetune_base_lr}: must be positive")
-    if wrong:
-        raise ConfigError(
-            [f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1" for name in wrong]
-        )
+    """The command line as settings of the suite; other test sets bring the evaluation that uses them."""
+    only, robustness = names_of(arguments.only) or QUICK, names_of(arguments.robustness)
+    if robustness and "robustness" not in only:
+        only = (*only, "robustness")
     return Settings(
-        only=_names(arguments.only) or QUICK,
+        only=only,
         preset=arguments.preset,
         batch=arguments.batch,
         workers=arguments.workers,
@@ -135,12 +119,36 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         finetune_epochs=arguments.finetune_epochs,
         finetune_batch=arguments.finetune_batch,
         finetune_base_lr=arguments.finetune_base_lr,
+        finetune_ema=arguments.finetune_ema,
         lists=arguments.lists,
-        robustness=_names(arguments.robustness),
+        robustness=robustness,
     )
 
 
-def _names(text: str | None) -> tuple[str, ...]:
+def check_counts(arguments: argparse.Namespace) -> None:
+    """Raises ConfigError with every number on the command line that can not be."""
+    values = {name: value for name, value in vars(arguments).items() if isinstance(value, int | float)}
+    values = {name: value for name, value in values.items() if not isinstance(value, bool)}
+    least = {"workers": 0, "resize_ratio": 1}
+    problems = [
+        f"--{name.replace('_', '-')} {value}: must be at least {least.get(name, 1)}"
+        for name, value in values.items()
+        if name not in SHARES and not value >= least.get(name, 1)
+    ]
+    problems += [
+        f"--{name.replace('_', '-')} {values[name]}: must lie between 0 and 1"
+        for name in SHARES
+        if name in values and not 0 < values[name] < 1
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+SHARES = ("finetune_base_lr", "finetune_ema")
+
+
+def names_of(text: str | None) -> tuple[str, ...]:
+    """'knn, linear' -> ('knn', 'linear')."""
     return tuple(name.strip() for name in (text or "").split(",") if name.strip())
 
 

@@ -118,7 +118,8 @@ class FolderSource(Source):
         digest = hashlib.sha256(np.ascontiguousarray(self.labels))
         for index, name in enumerate(self.files):
             found = os.stat(self.path(index))
-            digest.update(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\n".encode(errors="surrogateescape"))
+            times = f"{found.st_mtime_ns}\0{found.st_ctime_ns}"  # the second can not be set back
+            digest.update(f"{name}\0{found.st_size}\0{times}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def file_names(self) -> list[str]:

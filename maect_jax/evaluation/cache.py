@@ -7,6 +7,7 @@ are kept as their 16 bits, `bits` in the file's metadata.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 
 import jax
@@ -37,10 +38,10 @@ class FeatureCache:
         """The elementary features `parts`, read where they are there and extracted where they are not.
 
         Args:
-          key: everything that they depend on, as JSON values; see `suite`.
+          key: everything that they depend on, as JSON values; see `task`.
           parts: elementary names.
           depth: number of blocks of the encoder.
-          extract: (missing parts) -> their features; called at most once.
+          extract: (missing parts) -> their features; called again for all parts where the pictures have changed.
 
         Returns:
           the features, and whether all of them were read.
@@ -52,13 +53,12 @@ class FeatureCache:
         if not missing:
             return Features(found, *(columns[name] for name in _COLUMNS), depth), True
         new = extract(missing)
+        if found and any(not np.array_equal(getattr(new, name), columns[name]) for name in _COLUMNS):
+            new, found = extract(parts), {}  # the pictures changed behind an equal fingerprint
+            if self.leader:
+                folder.rmtree()
         if self.leader:
             self._write(folder, key, new)
-        if found and not np.array_equal(new.ids, columns["ids"]):  # the pictures changed behind an equal fingerprint
-            new = extract(parts)
-            found = {}
-            if self.leader:
-                self._write(folder, key, new)
         return Features(found | new.parts, new.labels, new.ids, new.content, depth), False
 
     def _read(self, folder: epath.Path, parts: tuple[str, ...]) -> tuple[dict, dict]:
@@ -90,7 +90,7 @@ def _file(folder: epath.Path, part: str) -> epath.Path:
 def _save(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     narrow = [name for name, x in arrays.items() if x.dtype == ml_dtypes.bfloat16]
     arrays = {name: np.ascontiguousarray(x.view(np.uint16) if name in narrow else x) for name, x in arrays.items()}
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     temporary.write_bytes(safetensors.numpy.save(arrays, {"bits": ",".join(narrow)}))
     temporary.replace(path)
 

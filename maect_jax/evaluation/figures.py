@@ -1,5 +1,7 @@
 """The pictures of an evaluation, as `figures/<what>_<stage>.npz` for the report: plain arrays, nothing pickled."""
 
+import os
+
 import numpy as np
 from etils import epath
 from sklearn.manifold import TSNE
@@ -22,7 +24,7 @@ ATTENDED = 6
 def save(path: epath.Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes an npz file in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
     temporary.replace(path)

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from maect_jax.errors import ConfigError
 from maect_jax.evaluation import splits
-from maect_jax.evaluation.task import Task, data_hash
+from maect_jax.evaluation.task import SEED, Task, data_hash
 from maect_jax.training.checkpoint import absolute
 
 SHOTS, SPLITS = (1, 2, 5), 3
@@ -31,18 +32,20 @@ class Split:
         return {"origin": self.origin, "rows": len(self.rows), "hash": splits.list_hash(self.rows)}
 
 
-def share(task: Task, name: str) -> Split:
-    """The rows for '1pct', '10pct' or '100pct' of the labels.
+def share(task: Task, name: str) -> Split | None:
+    """The rows for '1pct', '10pct' or '100pct' of the labels; None where the set is itself another share.
 
     Raises:
-      DataError: see `splits.read_list`.
+      ConfigError, DataError: see `_listed`.
     """
-    whole = WHOLE.get(task.train.name)
-    if name == "100pct" or whole == name:
+    whole = _whole(task)
+    if whole == name or (name == "100pct" and not whole):
         return Split("whole set", np.arange(len(task.train)))
+    if whole:
+        return None
     if found := _listed(task, [f"{name}.txt"]):
         return found[0]
-    seed, labels = task.weights.seed, _labels(task)
+    seed, labels = SEED, _labels(task)
     return Split(f"generated, seed {seed}", splits.generate_share(labels, SHARES[name], seed, key(task)))
 
 
@@ -52,10 +55,10 @@ def shots(task: Task, per_class: int) -> list[Split]:
     None, and a line that says so, where a class has fewer pictures.
 
     Raises:
-      DataError: see `splits.read_list`.
+      ConfigError, DataError: see `_listed`.
     """
-    if WHOLE.get(task.train.name, "").endswith("shot"):
-        own = WHOLE[task.train.name] == f"{per_class}shot"
+    if _whole(task).endswith("shot"):
+        own = _whole(task) == f"{per_class}shot"
         return [Split("whole set", np.arange(len(task.train)))] if own else []
     if found := _listed(task, [f"{per_class}shot-{i}.txt" for i in range(1, SPLITS + 1)]):
         return found
@@ -75,12 +78,24 @@ def enough(task: Task, what: str, per_class: int) -> bool:
     return count[fewest] >= per_class
 
 
+def _whole(task: Task) -> str:
+    """What of ImageNet the training set itself is; '' for any other set. A version (':5.1.0') plays no part."""
+    return WHOLE.get(task.train.name.partition(":")[0], "")
+
+
 def _listed(task: Task, names: list[str]) -> list[Split]:
-    """The splits of those files that the folder of lists has."""
+    """The splits of those files in the folder of lists; none without such a folder.
+
+    Raises:
+      ConfigError: the folder lacks one. DataError: see `splits.read_list`.
+    """
     if not task.settings.lists:
         return []
-    paths = [path for name in names if (path := absolute(task.settings.lists) / name).exists()]
-    files = task.train.file_names() if paths else []
+    paths = [absolute(task.settings.lists) / name for name in names]
+    missing = [path.name for path in paths if not path.exists()]
+    if missing:
+        raise ConfigError(f"--lists: '{task.settings.lists}' lacks {', '.join(missing)}; add it, or leave --lists out")
+    files = task.train.file_names()
     return [Split(f"list {path.name}", splits.read_list(path, files)) for path in paths]
 
 

@@ -10,7 +10,7 @@ from maect_jax.evaluation.clustering import cluster
 from maect_jax.evaluation.presets import presets
 from maect_jax.evaluation.probes import linear, linear_heads, linear_images, logistic, ridge
 from maect_jax.evaluation.splits import SplitScores
-from maect_jax.evaluation.task import Measurement, Task, data_hash
+from maect_jax.evaluation.task import SEED, Measurement, Task, data_hash
 
 RETRIEVED = 10  # neighbours
 
@@ -67,7 +67,7 @@ def linear_probe(task: Task) -> Iterator[Measurement]:
         train, test = task.features(preset.features)
         vectors = [{feature: rows.vectors(feature) for feature in preset.features} for rows in (train, test)]
         length = {"epochs": settings.probe_epochs, "batch": settings.probe_batch}
-        common = length | {"preset": preset, "seed": task.weights.seed, "mesh": task.mesh, "check": task.check}
+        common = length | {"preset": preset, "seed": SEED, "mesh": task.mesh, "check": task.check}
         if settings.probe_from == "images":
             found = linear_images.evaluate_linear_images(
                 task.weights.encoder,
@@ -131,7 +131,7 @@ def logistic_regression(task: Task) -> Iterator[Measurement]:
                 [split.rows for split in found_splits],
                 preset,
                 len(task.classes),
-                seed=task.weights.seed,
+                seed=SEED,
                 check=task.check,
             )
             labels = {"labels": [split.record for split in found_splits]}
@@ -175,7 +175,7 @@ def clusters(task: Task) -> Iterator[Measurement]:
             test.labels[rows],
             preset,
             len(task.classes),
-            seed=task.weights.seed,
+            seed=SEED,
             check=task.check,
         )
         task.results.setdefault("clusters", (rows, found.assignment, found.cluster_class))

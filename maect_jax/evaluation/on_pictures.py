@@ -10,18 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from maect_jax.data.augment import normalise
-from maect_jax.data.sources import open_source
-from maect_jax.errors import ConfigError
 from maect_jax.evaluation import figures, health, labelled, views
 from maect_jax.evaluation import robustness as other_sets
 from maect_jax.evaluation.presets import presets
 from maect_jax.evaluation.retrieval import confusion_matrix
-from maect_jax.evaluation.task import Measurement, Task, data_hash
+from maect_jax.evaluation.task import SEED, Measurement, Task, data_hash
 from maect_jax.finetuning.recipes import recipe_for
 from maect_jax.finetuning.run import FineTuned, fine_tune
 from maect_jax.models.patches import patchify
 from maect_jax.parallel.mesh import replicated
 
+FEWEST = 8  # labelled pictures to fine-tune with, some of which are held out
 VIEWED = 4096  # pictures whose views are compared: uniformity holds a matrix of that side
 
 
@@ -63,16 +62,14 @@ def finetune(task: Task) -> Iterator[Measurement]:
     for name in presets(task, "finetune"):
         encoder = weights.encoder
         recipe = recipe_for(name, encoder.width, encoder.depth, encoder.patch)
-        recipe = replace(recipe, base_lr=settings.finetune_base_lr or recipe.base_lr)
+        instead = {"base_lr": settings.finetune_base_lr, "ema_factor": settings.finetune_ema}
+        recipe = replace(recipe, **{key: value for key, value in instead.items() if value is not None})
         split = labelled.share(task, f"{100 * recipe.share:g}pct")
-        asked = [
-            recipe,
-            settings.finetune_epochs,
-            settings.finetune_batch,
-            split.record,
-            task.sha256,
-            encoder.image_size,
-        ]
+        if split is None or len(split.rows) < FEWEST:
+            why = f"{len(split.rows)} labels" if split else f"'{task.train.name}' is another share"
+            task.say(f"evaluate {weights.stage:9} {name} is left out: {why}")
+            continue
+        asked = [recipe, settings.finetune_epochs, settings.finetune_batch, split.record, task.sha256, task.shape()]
         asked += [source.fingerprint() for source in (task.train, task.test)]
         found = fine_tune(
             task.params,
@@ -83,7 +80,7 @@ def finetune(task: Task) -> Iterator[Measurement]:
             recipe,
             mesh=task.mesh,
             folder=task.folder / "finetune" / f"{name}_{hashlib.sha256(repr(asked).encode()).hexdigest()[:12]}",
-            seed=weights.seed,
+            seed=SEED,
             stop=task.stop,
             mean=weights.mean,
             std=weights.std,
@@ -122,20 +119,15 @@ def _of_finetuning(task: Task, name: str, split: labelled.Split, found: FineTune
 
 def robustness(task: Task) -> Iterator[Measurement]:
     """The classifiers of earlier evaluations, unchanged, on other test sets of the same classes."""
-    classifiers = task.results.get("classifiers", {})
-    if not task.settings.robustness or not classifiers:
-        missing = "--robustness=DATA,…" if classifiers else "'linear' or 'finetune' before it in --only"
-        raise ConfigError(f"--only robustness: needs {missing}; it applies their classifiers to other test sets")
-    for name in task.settings.robustness:
-        source = open_source(name, "test", channels=task.test.channels, classes=task.classes, key="--robustness")
+    for source in task.others:
         found = task.features_of(source, [task.weights.pooling])
         target = other_sets.match(task.classes, source, found.labels)
         data = {"name": source.name, "rows": int(target.rows_n.sum()), "hash": data_hash(found)}
-        for classifier, logits in classifiers.items():
+        for classifier, logits in task.results.get("classifiers", {}).items():
             task.check()
             right = other_sets.correct(logits(source), target)
             protocol = {
-                "name": f"{classifier} on {name}",
+                "name": f"{classifier} on {source.name}",
                 "classifier": classifier,
                 "predicted_classes": int(target.present_c.sum()),
                 "several_labels": source.label_sets() is not None,

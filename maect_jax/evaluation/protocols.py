@@ -41,6 +41,17 @@ def unknown(option: str, names: Iterable[str], known: Iterable[str]) -> list[str
     return problems
 
 
+def unusable_robustness(only: tuple[str, ...], sets: tuple[str, ...]) -> list[str]:
+    """A sentence when 'robustness' has no test sets, or nothing before it whose classifier it could apply."""
+    if "robustness" not in only:
+        return []
+    before = only[: only.index("robustness")]
+    problems = [] if sets else ["--only robustness: needs --robustness=DATA,…, the sets to test on"]
+    if not {"linear", "finetune"} & set(before):
+        problems.append("--only robustness: needs 'linear' or 'finetune' before it, whose classifiers it applies")
+    return problems
+
+
 def needs(evaluation: str, task: Task) -> tuple[str, ...]:
     """Features of the whole sets that an evaluation will ask for, so that one pass extracts those of all."""
     names = presets(task, evaluation)

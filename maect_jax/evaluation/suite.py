@@ -5,14 +5,14 @@ the hashes of the data it was made from, its bootstrap interval, and what it cos
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from maect_jax.data.sources import Source
+from maect_jax.data.sources import Source, open_source
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation import data_checks, figures, presets, protocols
 from maect_jax.evaluation.cache import FeatureCache
@@ -20,8 +20,10 @@ from maect_jax.evaluation.features import Features
 from maect_jax.evaluation.task import Measurement, Settings, Task, Weights, data_hash
 from maect_jax.results.bootstrap import interval
 from maect_jax.results.record import Record, add_records, weights_hash
-from maect_jax.training.checkpoint import write_json
+from maect_jax.training.checkpoint import absolute, write_json
 from maect_jax.training.stop import StopRequest
+
+VERSION = 1  # of all presets together; another one where a protocol's numbers change
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Place:
     leader: bool = True
 
 
-def evaluate(weights: Iterable[Weights], train: Source, test: Source, settings: Settings, place: Place) -> list[Record]:
-    """Runs `settings.only` on each of the weights, which are read one after the other.
+def evaluate(weights: Sequence[Weights], train: Source, test: Source, settings: Settings, place: Place) -> list[Record]:
+    """Runs `settings.only` on each of the weights, whose parameters are read one after the other.
 
     Args:
       train, test: labelled pictures of the same classes.
@@ -56,18 +58,29 @@ def evaluate(weights: Iterable[Weights], train: Source, test: Source, settings: 
       ConfigError: a setting that can not work. DataError: the data do not fit each other.
     """
     check_settings(settings)
+    check_weights(weights)
     data_checks.check_classes(train, test)
+    others = tuple(
+        open_source(name, "test", channels=test.channels, classes=train.classes, key="--robustness")
+        for name in settings.robustness
+    )
     records: list[Record] = []
     for subject in weights:
-        task = make_task(subject, train, test, settings, place)
+        began = time.perf_counter()
+        task = make_task(subject, train, test, settings, place, others)
         wanted = {name for evaluation in settings.only for name in protocols.needs(evaluation, task)}
         features = task.features(sorted(wanted) or [subject.pooling])
         data = _describe(task, features, warn=not records)
+        read, encoding = task.cached, round(time.perf_counter() - began, 3)
         for evaluation in settings.only:
             task.check()
-            began, task.cached = time.perf_counter(), True
+            began, task.cached = time.perf_counter(), read
             found = list(protocols.EVALUATIONS[evaluation](task))
-            cost = {"seconds": round(time.perf_counter() - began, 3), "cache": task.cached}
+            cost = {
+                "seconds": round(time.perf_counter() - began, 3),
+                "features_seconds": encoding,
+                "cache": task.cached,
+            }
             for measured in found:
                 if not np.isfinite(measured.value):
                     name = f"{measured.protocol['name']}: {measured.metric}"
@@ -93,7 +106,10 @@ def picture_neighbors(weights: Iterable[Weights], train: Source, settings: Setti
             figures.save_neighbors(task, *features)
 
 
-def make_task(subject: Weights, train: Source, test: Source, settings: Settings, place: Place) -> Task:
+def make_task(
+    subject: Weights, train: Source, test: Source, settings: Settings, place: Place, others: tuple[Source, ...] = ()
+) -> Task:
+    """One set of weights with its parameters, ready for evaluations; `others` are further test sets."""
     params = subject.load()
     return Task(
         weights=subject,
@@ -101,6 +117,7 @@ def make_task(subject: Weights, train: Source, test: Source, settings: Settings,
         sha256=weights_hash(params),
         train=train,
         test=test,
+        others=others,
         mesh=place.mesh,
         settings=settings,
         folder=place.workdir,
@@ -112,11 +129,32 @@ def make_task(subject: Weights, train: Source, test: Source, settings: Settings,
 
 
 def check_settings(settings: Settings) -> None:
-    """Raises ConfigError for an evaluation or preset that does not exist, with the nearest that does."""
+    """Everything that can be known before pictures are opened.
+
+    Raises:
+      ConfigError: an evaluation or preset that does not exist, with the nearest that does; 'robustness' without test
+        sets, or before what it applies; a folder of lists that is none.
+    """
     problems = protocols.unknown("--only", settings.only, protocols.EVALUATIONS)
     problems += protocols.unknown("--preset", [settings.preset], presets.PRESETS)
+    problems += protocols.unusable_robustness(settings.only, settings.robustness)
+    if settings.lists and not absolute(settings.lists).is_dir():
+        problems.append(f"--lists: '{settings.lists}' is no folder; give the one that holds the split lists")
     if problems:
         raise ConfigError(problems)
+
+
+def check_weights(weights: Sequence[Weights]) -> None:
+    """Raises ConfigError when two of them have one name, as their results would, or take unlike pictures."""
+    names = [subject.stage for subject in weights]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ConfigError(
+            f"--weights: two of them are called '{doubled[0]}', and so would be their results; evaluate them alone,"
+            " each with a --workdir of its own"
+        )
+    if len({subject.channels for subject in weights}) > 1:
+        raise ConfigError("--weights: some take grey pictures and some coloured ones; evaluate them one by one")
 
 
 def _describe(task: Task, features: tuple[Features, Features], warn: bool) -> dict:
@@ -143,8 +181,9 @@ def _describe(task: Task, features: tuple[Features, Features], warn: bool) -> di
 
 
 def _record(task: Task, evaluation: str, measured: Measurement, data: dict, cost: dict) -> Record:
-    encoder, weights = task.weights.encoder, task.weights
-    protocol = measured.protocol | {"classes": len(task.classes), "transform": task.transform(), "dtype": task.dtypes()}
+    weights = task.weights
+    protocol = {"version": VERSION} | measured.protocol
+    protocol |= {"classes": len(task.classes), "transform": task.transform(), "dtype": task.dtypes()}
     protocol |= data | ({"test": measured.test} if measured.test else {})
     per_picture = measured.per_picture
     return Record(
@@ -160,7 +199,7 @@ def _record(task: Task, evaluation: str, measured: Measurement, data: dict, cost
         protocol=protocol,
         found=measured.found,
         weights={"sha256": task.sha256} | weights.origin,
-        model={name: getattr(encoder, name) for name in ("width", "depth", "heads", "patch", "image_size")},
+        model=task.shape(),
         cost=cost,
     )
 

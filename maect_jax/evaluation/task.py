@@ -21,6 +21,7 @@ from maect_jax.training.stop import StopRequest
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 PROBE_FROM = ("features", "images")
+SEED = 0  # of every evaluation, whatever the run's: numbers of runs with other seeds compare
 QUICK = ("knn", "knn_layers", "retrieval", "linear", "logreg", "ridge", "cluster", "health", "colour", "pictures")
 
 
@@ -58,16 +59,16 @@ class Settings:
 
     Attributes:
       only: names of evaluations, in the order in which they run; see `protocols.EVALUATIONS`.
-      preset: whose protocols, a key of `protocols.PRESETS`.
+      preset: whose protocols, a key of `presets.PRESETS`.
       batch: pictures at a time in the encoder, over all devices.
       workers: loader processes; 0 = threads.
       limit: pictures that costly analyses (k-NN of each block, augmented views, colours) use at most.
       feature_dtype: that features are kept in, a key of `DTYPES`.
       probe_epochs, probe_batch: of the linear probe instead of its preset's; None = as published.
       probe_from: 'features' (cached, no augmentation) or 'images' (random crop and flip in each epoch, as published).
-      finetune_epochs, finetune_batch, finetune_base_lr: instead of the recipe's; None = as published. The published
-        rates presuppose ImageNet's number of updates; on a few hundred pictures they hardly train.
-      lists: folder of split lists; see `protocols.low_shot_splits`. '' = generated ones.
+      finetune_epochs, finetune_batch, finetune_base_lr, finetune_ema: instead of the recipe's; None = as published,
+        whose rates presuppose ImageNet's number of updates; on a few hundred pictures they hardly train.
+      lists: folder of split lists; see `labelled`. '' = generated ones.
       robustness: names of further test sets, to which the linear probe is applied unchanged.
     """
 
@@ -83,6 +84,7 @@ class Settings:
     finetune_epochs: int | None = None
     finetune_batch: int | None = None
     finetune_base_lr: float | None = None
+    finetune_ema: float | None = None
     lists: str = ""
     robustness: tuple[str, ...] = ()
 
@@ -119,12 +121,14 @@ class Task:
     Attributes:
       weights, params: the encoder; `sha256` is the hash of its parameters.
       train, test: pictures; both with labels, of the same classes.
+      others: further test sets; see `robustness`.
       mesh: devices.
       settings: how to evaluate.
       folder: work folder; what has to be kept (fine-tuning, figures) goes below it.
       cache: of features.
       stop: asked now and then; raises when the run is to end.
       say: prints a line, on one process.
+      cached: whether all features since it was last set were read from disk.
       results: what an evaluation leaves for those after it, by name: the linear probe for other test sets, …
     """
 
@@ -133,6 +137,7 @@ class Task:
     sha256: str
     train: Source
     test: Source
+    others: tuple[Source, ...]
     mesh: Mesh
     settings: Settings
     folder: epath.Path
@@ -176,14 +181,14 @@ class Task:
         """The features of any other set of pictures; see `features`."""
         parts = tuple(dict.fromkeys(part for name in names for part in elementary(name, self.depth)))
         limit = limit if limit is not None and limit < len(source) else None
-        held = self._held.get((id(source), limit))
+        _, held = self._held.get((id(source), limit), (source, None))
         missing = tuple(part for part in parts if held is None or part not in held.parts)
         if missing:
             new = self._read_or_extract(source, missing, limit)
             held = (
                 new if held is None else Features(held.parts | new.parts, new.labels, new.ids, new.content, new.depth)
             )
-            self._held[(id(source), limit)] = held
+            self._held[(id(source), limit)] = source, held  # with the source, so that its id stays its own
         return held
 
     def batches(self, source: Source, limit: int | None = None):
@@ -209,6 +214,13 @@ class Task:
             "std": [round(x, 6) for x in weights.std],
         }
 
+    def shape(self) -> dict:
+        """What the encoder computes beside its weights: no shape tells the heads."""
+        encoder = self.weights.encoder
+        return {
+            name: getattr(encoder, name) for name in ("width", "depth", "heads", "patch", "image_size", "mlp_ratio")
+        }
+
     def dtypes(self) -> dict:
         """Types of the encoder's computation and of the kept features, for the record."""
         return {"compute": np.dtype(self.weights.encoder.dtype).name, "features": self.settings.feature_dtype}
@@ -216,6 +228,7 @@ class Task:
     def _read_or_extract(self, source: Source, parts: tuple[str, ...], limit: int | None) -> Features:
         key = {
             "weights": self.sha256,
+            "encoder": self.shape(),
             "data": source.fingerprint(),
             "limit": limit,
             "transform": self.transform(),

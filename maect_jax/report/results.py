@@ -67,11 +67,13 @@ class Entry:
 
 
 def read_entries(records: Iterable[dict[str, Any]]) -> list[Entry]:
-    """The newest number of each stage, seed, evaluation, metric and protocol name, in the order they first appear."""
+    """The newest number of each stage, seed, evaluation, metric, protocol name and test set, as they first appear."""
     newest: dict[tuple[str, ...], Entry] = {}
     for record in records:
         if entry := _entry(record):
-            newest[entry.stage, entry.seed, entry.evaluation, entry.metric, entry.name] = entry
+            test = entry.protocol.get("test")
+            test = test.get("name") if isinstance(test, dict) else test
+            newest[entry.stage, entry.seed, entry.evaluation, entry.metric, entry.name, str(test)] = entry
     return list(newest.values())
 
 

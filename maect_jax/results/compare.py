@@ -44,8 +44,17 @@ def read_column(where: str) -> Column:
     if stage not in stages:
         raise ConfigError(f"compare: '{where}' names no stage of '{file}'; there are {', '.join(stages)}: PATH:STAGE")
     chosen = [record for record in records if record["stage"] == stage]
-    table = {(r["evaluation"], r["metric"], r["protocol"]["name"]): r for r in chosen}
+    several = len({_test_set(record) for record in chosen}) > 1
+    table = {
+        (r["evaluation"], r["metric"], r["protocol"]["name"] + (f" on {_test_set(r)}" if several else "")): r
+        for r in chosen
+    }
     return Column(f"{path}:{stage}", table)
+
+
+def _test_set(record: dict) -> str:
+    test = record["protocol"].get("test")
+    return str(test.get("name") if isinstance(test, dict) else test)
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, object]:

@@ -5,9 +5,11 @@ set) the newest counts. What lies under 'protocol' decides whether two numbers m
 is told beside it.
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -93,14 +95,17 @@ def identity(record: dict) -> tuple:
 
 
 def add_records(path: epath.Path, records: Iterable[Record]) -> None:
-    """Adds records to the file in one step; what is there stays as it is, torn lines included."""
-    old = path.read_bytes() if path.exists() else b""
-    if old and not old.endswith(b"\n"):
-        old += b"\n"
-    new = "".join(json.dumps(asdict(record)) + "\n" for record in records)
-    temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_bytes(old + new.encode())
-    temporary.replace(path)
+    """Adds records to the file; what is there stays as it is, torn lines included. Programs may do so at once."""
+    new = "".join(json.dumps(asdict(record)) + "\n" for record in records).encode()
+    if "://" in str(path):  # a store without appending
+        old = path.read_bytes() if path.exists() else b""
+        path.write_bytes(old + b"\n" * bool(old and not old.endswith(b"\n")) + new)
+        return
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        size = file.seek(0, os.SEEK_END)
+        torn = size and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        file.write(b"\n" * bool(torn) + new)
 
 
 def read_records(path: epath.Path) -> list[dict]:

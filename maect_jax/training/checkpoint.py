@@ -167,7 +167,7 @@ def newest_step_folder(stage_folder: epath.Path) -> epath.Path | None:
 
 def write_json(path: epath.Path, content: dict) -> None:
     """Writes a JSON file in one step: a reader sees the old or the new one, never a part."""
-    temporary = path.parent / f".{path.name}.tmp"
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(path)
 
