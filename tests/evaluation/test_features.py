@@ -12,9 +12,12 @@ from maect_jax.data.sources import ArraySource
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation.cache import FeatureCache
 from maect_jax.evaluation.features import Features, elementary, extract, forward, make_extractor
+from maect_jax.evaluation.suite import Place, make_task
+from maect_jax.evaluation.task import Settings, Weights
 from maect_jax.models.patches import patchify
 from maect_jax.models.vit import ViT
 from maect_jax.parallel.mesh import batch_sharding, make_mesh
+from maect_jax.training.stop import StopRequest
 
 DEPTH = 5
 ENCODER = ViT(16, DEPTH, 2, 4, 16)
@@ -118,12 +121,12 @@ class Counting:
     """Makes features of ten pictures and remembers which parts were asked for."""
 
     def __init__(self, dtype=np.float32):
-        self.asked, self.dtype = [], dtype
+        self.asked, self.dtype, self.content = [], dtype, 1
 
     def __call__(self, parts):
         self.asked.append(parts)
         values = {part: np.random.default_rng(len(part)).random((10, 4)).astype(self.dtype) for part in parts}
-        return Features(values, np.arange(10), np.arange(10), np.ones((10, 2), np.uint32), DEPTH)
+        return Features(values, np.arange(10), np.arange(10), np.full((10, 2), self.content, np.uint32), DEPTH)
 
 
 @pytest.fixture
@@ -171,3 +174,27 @@ def test_damaged_files_are_extracted_anew(cache, name, damage):
     assert not hit and len(make.asked) == 2
     np.testing.assert_array_equal(again.parts["cls"], whole.parts["cls"])
     assert cache.features({"weights": "w"}, ("cls",), DEPTH, make)[1]
+
+
+def test_pictures_that_changed_behind_an_equal_key_leave_nothing_old(cache):
+    before, after = Counting(), Counting()
+    cache.features({"weights": "w"}, ("cls",), DEPTH, before)
+    after.content = 7
+    found, _ = cache.features({"weights": "w"}, ("cls", "mean"), DEPTH, after)
+    assert after.asked == [("mean",), ("cls", "mean")]
+    np.testing.assert_array_equal(found.content, 7)
+    again, hit = cache.features({"weights": "w"}, ("cls", "mean"), DEPTH, Counting())
+    assert hit and (again.content == 7).all()
+
+
+def test_heads_are_part_of_what_is_cached(params, pictures, tmp_path):
+    """No shape tells the heads: equal weights with other heads are another encoder."""
+    source = ArraySource("made", pictures, np.arange(len(pictures)) % 3, ("a", "b", "c"))
+    found = {}
+    for heads in (2, 4):
+        encoder = ViT(16, DEPTH, heads, 4, 16)
+        weights = Weights("x", encoder, lambda: params, "cls", MEAN, STD, 1.0, 3, 0, {})
+        place = Place(make_mesh(devices=jax.devices()[:1]), epath.Path(tmp_path), StopRequest(), lambda text: None)
+        task = make_task(weights, source, source, Settings(batch=8), place)
+        found[heads] = task.features_of(source, ["cls"]).vectors("cls")
+    assert np.abs(found[2] - found[4]).max() > 1e-3

@@ -81,6 +81,7 @@ def test_presets_are_those_of_the_published_protocols():
         "maect-knn": (10, 0.07, None, "configured"),
         "maect-knn-std": (10, 0.07, 1e-5, "configured"),
         "mimrefiner-knn": (10, 0.07, 1e-6, "cls@last"),
+        "mimrefiner-knn-mean": (10, 0.07, 1e-6, "mean@last"),
         "mimrefiner-hub-knn": (20, 0.07, 1e-6, "cls"),
         "dinov2-knn-10": (10, 0.07, None, "cls"),
         "dinov2-knn-20": (20, 0.07, None, "cls"),

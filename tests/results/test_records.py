@@ -1,6 +1,7 @@
 """Records: nothing lost, the newest counts, unlike protocols are refused."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -137,3 +138,16 @@ def test_differing_finds_nested_and_missing_fields():
     one = {"protocol": json.loads('{"a": {"b": 1}, "c": 2}')}
     other = {"protocol": json.loads('{"a": {"b": 3}}')}
     assert differing([one, other]) == {"a.b": [1, 3], "c": [2, None]}
+
+
+def _add_many(path):
+    for i in range(20):
+        add_records(epath.Path(path), [record(i / 20)])
+
+
+def test_writers_that_add_at_once_lose_nothing(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with ThreadPoolExecutor(4) as pool:  # each opens the file itself, as another program would
+        for _ in range(4):
+            pool.submit(_add_many, str(path))
+    assert len([json.loads(line) for line in path.read_text().splitlines()]) == 80

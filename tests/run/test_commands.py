@@ -38,8 +38,8 @@ def pictures(tmp_path_factory):
 def run(tmp_path_factory, pictures):
     """A run that was trained but not evaluated."""
     workdir = tmp_path_factory.mktemp("runs") / "tiny"
-    stages = "--config.stages=pretrain,head,tune"
-    done = launch(workdir, f"--config.data.train={pictures}", stages)
+    settings = ("--config.stages=pretrain,head,tune", "--config.evaluate.every_epochs=3")
+    done = launch(workdir, f"--config.data.train={pictures}", *settings)
     assert done.returncode == 0, done.stderr
     return workdir
 
@@ -71,6 +71,17 @@ def test_a_record_tells_protocol_data_weights_and_cost(evaluated):
         if record["metric"] == "accuracy" and record["interval"]:
             low, high = record["interval"]
             assert low <= record["value"] <= high
+
+
+def test_the_online_number_is_the_offline_one(evaluated, run):
+    online = [line["knn"] for line in lines(run / "metrics.jsonl") if line["stage"] == "tune" and "knn" in line][-1]
+    offline = [r for r in evaluated[1] if r["stage"] == "tune" and r["protocol"]["name"] == "maect-knn"]
+    assert online == offline[0]["value"]
+
+
+def test_the_first_call_encodes_and_says_so(evaluated):
+    assert not any(record["cost"]["cache"] for record in evaluated[1] if record["evaluation"] == "knn")
+    assert all(record["cost"]["features_seconds"] > 0 for record in evaluated[1])
 
 
 def test_the_tuned_encoder_and_its_average_have_different_weights(evaluated):
@@ -276,7 +287,12 @@ def test_labels_that_are_missing(run, pictures, tmp_path):
     [
         (("--only", "knn,lineer"), ("--only: no 'lineer'", "did you mean 'linear'?")),
         (("--preset", "dino"), ("--preset: no 'dino'", "did you mean 'dinov2'?")),
-        (("--only", "robustness"), ("--only robustness: needs",)),
+        (("--only", "robustness"), ("needs --robustness=DATA", "needs 'linear' or 'finetune' before it")),
+        (("--only", "linear", "--robustness", "./nowhere"), ("--robustness: no folder './nowhere'",)),
+        (("--lists", "./nowhere"), ("--lists: './nowhere' is no folder",)),
+        (("--fsdp", "0", "--workers", "-1"), ("--fsdp 0: must be at least 1", "--workers -1: must be at least 0")),
+        (("--image-size", "15"), ("--image-size 15: must be a multiple of the patch, 4",)),
+        (("--heads", "4"), ("is a run, which knows its heads",)),
         (("--batch", "0"), ("--batch 0: must be at least 1",)),
         (("--train", "imagenet20122"), ("--train: 'imagenet20122' is neither a folder nor a TFDS name",)),
         (("--nonsense",), ("unrecognized arguments: --nonsense",)),
@@ -296,3 +312,16 @@ def test_weights_that_are_not_there_or_nothing_that_is_known(tmp_path):
     with open(tmp_path / "y.safetensors", "wb") as file:
         file.write(b"\x00" * 100)
     assert "--train is missing" in refused(2, "--weights", tmp_path / "y.safetensors")
+
+
+def test_one_name_for_two_encoders_is_refused(run):
+    assert "two of them are called 'pretrain'" in refused(2, "--weights", run / "pretrain", run / "pretrain")
+
+
+def test_an_incomplete_folder_of_lists_is_refused(run, pictures, tmp_path):
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    names = [f"{path.parent.name}/{path.name}" for path in sorted((pictures / "train").glob("*/000.png"))]
+    (lists / "1shot-1.txt").write_text("\n".join(names))
+    error = refused(2, "--weights", run / "pretrain", "--only", "logreg", "--lists", lists, "--workdir", tmp_path / "w")
+    assert "lacks 1shot-2.txt, 1shot-3.txt" in error

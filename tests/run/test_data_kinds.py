@@ -33,4 +33,4 @@ def test_mixed_sizes_grey_two_parts_and_a_control_on_two_devices(tmp_path):
     done = launch(tmp_path / "run", f"--config.data.train={pictures}", *grey, *parts, stages, devices=2)
     assert done.returncode == 0, done.stderr
     stages = {record["stage"] for record in lines(tmp_path / "run" / "results.jsonl")}
-    assert stages == {"pretrain", "control", "tune"}
+    assert stages == {"pretrain", "control", "tune", "tune, raw"}

@@ -74,7 +74,10 @@ def test_every_recipe_is_sound_for_its_data(recipe):
         derived = config.copy_and_resolve_references()
         settings.derive(derived, pictures)
         assert config_checks.check(derived) == []
-        assert all(value is not None for value in settings.flatten(derived).values())
+        left_open = {key for key, value in settings.flatten(derived).items() if value is None}
+        assert all(
+            key.startswith(("evaluate.probe_", "evaluate.finetune_")) for key in left_open
+        )  # None = as published
 
 
 def test_small_sets_get_constants_that_fit_them():
