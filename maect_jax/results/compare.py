@@ -25,7 +25,7 @@ def read_column(where: str) -> Column:
 
     Args:
       where: a work folder or a `results.jsonl`, and after a colon the stage; without one the last stage of the method
-        that was evaluated, or the only one there is.
+        that was evaluated, or the only one there is. A protocol with several test sets there is named with each.
 
     Raises:
       ConfigError: no such file, no records, or no such stage.
@@ -44,10 +44,10 @@ def read_column(where: str) -> Column:
     if stage not in stages:
         raise ConfigError(f"compare: '{where}' names no stage of '{file}'; there are {', '.join(stages)}: PATH:STAGE")
     chosen = [record for record in records if record["stage"] == stage]
-    several = len({_test_set(record) for record in chosen}) > 1
+    keys = [(record["evaluation"], record["metric"], record["protocol"]["name"]) for record in chosen]
     table = {
-        (r["evaluation"], r["metric"], r["protocol"]["name"] + (f" on {_test_set(r)}" if several else "")): r
-        for r in chosen
+        (*key[:2], key[2] + (f" on {_test_set(record)}" if keys.count(key) > 1 else "")): record
+        for key, record in zip(keys, chosen)
     }
     return Column(f"{path}:{stage}", table)
 

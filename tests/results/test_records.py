@@ -123,6 +123,12 @@ def test_compare_takes_the_tuned_encoder_of_a_run_unless_a_stage_is_named(runs):
         read_column(f"{run}:head")
 
 
+def test_several_test_sets_of_one_folder_are_told_apart(runs):
+    run = runs("a", record(0.1), record(0.2, test={"name": "cars", "hash": "x"}), record(0.3, name="maect-knn-std"))
+    found = {key[2]: r["value"] for key, r in read_column(run).records.items()}
+    assert found == {"maect-knn on pets": 0.1, "maect-knn on cars": 0.2, "maect-knn-std": 0.3}
+
+
 def test_compare_without_anything_in_common_says_what_there_is(runs):
     columns = [read_column(runs("a", record())), read_column(runs("b", record(name="dinov2-knn-20")))]
     with pytest.raises(ConfigError, match=r"no protocol in common .*maect-knn.*dinov2-knn-20"):
