@@ -2,7 +2,7 @@
 
     python launch.py --config=configs/digits.py --workdir=runs/digits
 
-About eight minutes on two CPU cores. Beside head and tuning, the control trains the same MAE on for as long. k-NN
+About ten minutes on two CPU cores. Beside head and tuning, the control trains the same MAE on for as long. k-NN
 accuracy on held-out digits, three seeds: see the README.
 
 Rates are far above the paper's because the run is a few hundred updates. Blur hardly acts at 32 pixels, as its radius
