@@ -1,6 +1,6 @@
 """What ten base rates of the linear probe cost beside one: seconds an epoch, warm, in turns.
 
-  python benchmarks/probe.py [--repeats=25]
+    python -m benchmarks.probe [--repeats=25]
 
 On cached features a second rate saves the gathering and normalising of the batch but not its own two matrix products,
 so the ratio depends on what those cost. `limit` is the ratio that would remain if the one-rate epoch were as it is and
