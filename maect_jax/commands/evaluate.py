@@ -23,6 +23,9 @@ from maect_jax.training.stop import StopRequest
 from maect_jax.weights import Instead, open_weights, run_folder, run_settings
 
 
+SHARES = ("finetune_base_lr", "finetune_ema")  # numbers between 0 and 1; all others count something
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     weights = "work folder of a run, a stage or checkpoint in it, or a weights file (.safetensors, .pth, .th)"
     parser.add_argument("--weights", nargs="+", required=True, metavar="PATH", help=weights)
@@ -49,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--finetune-ema", type=float, metavar="X", help="evaluate an average of the weights, 0.9999 say"
     )
-    parser.add_argument("--fsdp", type=int, default=1, help="devices that share one copy of the parameters")
+    parser.add_argument("--fsdp", type=int, default=1, help="devices that share one copy in fine-tuning")
 
 
 def add_instead(parser: argparse.ArgumentParser) -> None:
@@ -142,9 +145,6 @@ def check_counts(arguments: argparse.Namespace) -> None:
     ]
     if problems:
         raise ConfigError(problems)
-
-
-SHARES = ("finetune_base_lr", "finetune_ema")
 
 
 def names_of(text: str | None) -> tuple[str, ...]:
