@@ -22,7 +22,6 @@ from maect_jax.training.checkpoint import absolute
 from maect_jax.training.stop import StopRequest
 from maect_jax.weights import Instead, open_weights, run_folder, run_settings
 
-
 SHARES = ("finetune_base_lr", "finetune_ema")  # numbers between 0 and 1; all others count something
 
 
