@@ -12,11 +12,10 @@ from ml_collections import ConfigDict
 
 from maect_jax import assemble, handover
 from maect_jax.config import TRAINED, default
-from maect_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from maect_jax.errors import CheckpointError, ConfigError
 from maect_jax.evaluation.task import Weights
-from maect_jax.exchange.files import open_encoder
-from maect_jax.models.vit import ViT
+from maect_jax.exchange.files import open_model
+from maect_jax.exchange.model import Model
 from maect_jax.training.checkpoint import absolute
 
 RAW = "tune, raw"  # the tuned encoder itself, beside its moving average
@@ -32,6 +31,7 @@ class Instead:
       resize_ratio: shorter side over picture size, before the central crop.
       dtype: type of the encoder's computation, 'bfloat16' or 'float32'.
       heads: attention heads of an encoder in a file whose width does not tell them.
+      allow_missing: patterns of parts that a file may lack, such as 'decoder/*'.
     """
 
     pooling: str | None = None
@@ -39,6 +39,7 @@ class Instead:
     resize_ratio: float | None = None
     dtype: str | None = None
     heads: int | None = None
+    allow_missing: tuple[str, ...] = ()
 
 
 def open_weights(path: str, mesh: Mesh, instead: Instead = Instead()) -> list[Weights]:
@@ -46,7 +47,7 @@ def open_weights(path: str, mesh: Mesh, instead: Instead = Instead()) -> list[We
 
     Args:
       path: a work folder (every complete stage), a stage's folder, a checkpoint's folder, a weights file (see
-        `exchange.files.open_encoder`), or a folder with one `model.safetensors`.
+        `exchange.files.open_model`), or a folder with one `model.safetensors`.
       mesh: devices that the parameters are put on.
       instead: of what the weights say.
 
@@ -56,16 +57,9 @@ def open_weights(path: str, mesh: Mesh, instead: Instead = Instead()) -> list[We
     root = absolute(path)
     if not root.exists():
         raise ConfigError(f"--weights: nothing at '{path}'; give a work folder, a stage in it, or a weights file")
-    if not root.is_dir():
-        return [_of_file(root, path, instead)]
     run = run_folder(path)
-    if run is None and (root / "model.safetensors").exists():
-        return [_of_file(root / "model.safetensors", path, instead)]
     if run is None:
-        raise CheckpointError(
-            f"--weights: '{path}' is neither a work folder (config.resolved.yaml), a stage or checkpoint in one, nor a "
-            "folder with model.safetensors"
-        )
+        return [_of_file(root, path, instead)]
     config = run_settings(run)
     if instead.heads:
         raise ConfigError(f"--heads: '{path}' is a run, which knows its heads; leave it out")
@@ -157,20 +151,27 @@ def _of_parts(config: ConfigDict, stage: str, step: int, source: str, read: Call
 
 
 def _of_file(file: epath.Path, source: str, instead: Instead) -> Weights:
-    """An encoder from others; its class token, but the patch mean for MAE-CT's B/16 (published so)."""
-    opened = open_encoder(file, image_size=instead.image_size, heads=instead.heads)
-    dtype = jnp.dtype(instead.dtype or "bfloat16")
-    encoder = ViT(opened.width, opened.depth, opened.heads, opened.patch, opened.image_size, dtype=dtype)
-    of_maect_base = opened.layout == "maect_encoder" and opened.width == 768
+    """An encoder from others."""
+    opened = open_model(file, image_size=instead.image_size, heads=instead.heads, allow_missing=instead.allow_missing)
+    model = opened.model
+    if model.channels not in (1, 3):
+        raise ConfigError(f"--weights: '{source}' takes {model.channels} channels; pictures to evaluate have 1 or 3")
+    origin = {"source": source, "stage": "file", "layout": opened.layout, "file_sha256": opened.sha256}
+    origin["license"] = model.provenance.license
     return Weights(
-        stage=file.stem if file.stem != "model" else file.parent.name,
-        encoder=encoder,
-        load=lambda: opened.params,
-        pooling=instead.pooling or ("mean" if of_maect_base else "cls"),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        resize_ratio=instead.resize_ratio or 256 / 224,
-        channels=opened.channels,
+        stage=model.name,
+        encoder=model.encoder.clone(dtype=jnp.dtype(instead.dtype or "bfloat16")),
+        load=lambda: encoder_params(model),
+        pooling=instead.pooling or model.pooling,
+        mean=model.mean,
+        std=model.std,
+        resize_ratio=instead.resize_ratio or model.resize_ratio,
+        channels=model.channels,
         seed=0,
-        origin={"source": source, "stage": "file", "layout": opened.layout, "file_sha256": opened.sha256},
+        origin=origin | ({"notes": list(opened.notes)} if opened.notes else {}),
     )
+
+
+def encoder_params(model: Model) -> dict:
+    """Parameters that features are made with: the encoder's, and `fc_norm` over the mean of its patch tokens."""
+    return model.params["encoder"] | {name: model.params[name] for name in ("fc_norm",) if name in model.params}

@@ -62,12 +62,19 @@ def add_instead(parser: argparse.ArgumentParser) -> None:
         "--resize-ratio", type=float, metavar="X", help="shorter side over picture size before the crop"
     )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the encoder's computation")
+    add_reading(parser)
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Options on what a weights file does not tell, or lacks."""
     parser.add_argument("--heads", type=int, metavar="N", help="of an encoder in a file whose width does not tell them")
+    parser.add_argument("--allow-missing", metavar="PART,…", help="that a file may lack: 'decoder/*', 'encoder/norm/*'")
 
 
 def instead_of(arguments: argparse.Namespace) -> Instead:
     """The options of `add_instead`."""
-    return Instead(**{field.name: getattr(arguments, field.name) for field in fields(Instead)})
+    given = {field.name: getattr(arguments, field.name, None) for field in fields(Instead)}
+    return Instead(**given | {"allow_missing": names_of(given["allow_missing"])})
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 A feature is named by parts joined with '+' (their vectors are concatenated):
 
-  cls, mean            CLS token, or mean of the patch tokens, after the final LayerNorm
+  cls, mean            CLS token, or mean of the patch tokens, after the final LayerNorm (of a classifier that has its
+                       LayerNorm after the mean: the mean through that)
   cls@7, mean@7        the same at the output of block 7 (counted from 1), before any norm; '@last' is the last block
   cls@last4            CLS tokens of the last four blocks, before any norm
   cls@norm4            CLS tokens of the last four blocks, each through the final LayerNorm
@@ -114,10 +115,14 @@ def forward(encoder: ViT, parts: tuple[str, ...], params: dict, images_bhwc: jax
     def value(part: str) -> jax.Array:
         pooling, _, where = part.partition("@")
         if not where:
-            return pool(tokens_bnd, pooling)
+            x_bd = pool(tokens_bnd, pooling)
+            after_mean = pooling == "mean" and "fc_norm" in params
+            return layer_norm(jnp.float32, None).apply({"params": params["fc_norm"]}, x_bd) if after_mean else x_bd
         block = int(where.removesuffix("norm")) - 1
         x_bd = collected["intermediates"]["blocks"][f"{pooling}_bd"][0][block]
         if where.endswith("norm"):
+            if not encoder.final_norm:
+                raise ConfigError(f"feature: '{part}' needs a final LayerNorm, which this encoder does not have")
             x_bd = layer_norm(encoder.dtype, None).apply({"params": params["norm"]}, x_bd)
         return x_bd.astype(jnp.float32)
 

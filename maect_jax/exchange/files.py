@@ -1,208 +1,166 @@
-"""Weights files of any origin: their tensors by name, and the encoder they hold in one of the published layouts.
-
-A file is told by its content, never by its extension, and nothing in it is executed. Every tensor must be accounted
-for by a layout; names are taken as they are.
-"""
+"""A weights file of any origin as a `Model`: told by its content, fitted name for name, with what is said beside it."""
 
 import hashlib
-import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from maect_jax.errors import CheckpointError, ConfigError
-from maect_jax.exchange.archive import MAGIC, Archive
-from maect_jax.exchange.layouts import LAYOUTS, from_layout, misfits
-from maect_jax.exchange.pth import Opaque, StoredTensor, describe, is_pth, read_pth, refusal
+from maect_jax.exchange import positions
+from maect_jax.exchange.beside import Said, said
+from maect_jax.exchange.layouts import ENCODERS, LAYOUTS
+from maect_jax.exchange.licenses import license_of
+from maect_jax.exchange.mapping import from_layout, misfits
+from maect_jax.exchange.model import Model
+from maect_jax.exchange.provenance import Provenance
+from maect_jax.exchange.pth import refusal
+from maect_jax.exchange.tensors import read_notes, read_tensors, some
+from maect_jax.models.mae import Decoder
+from maect_jax.models.vit import ViT
 
-_WRAPPERS = ("model", "state_dict")
-_MAX_HEADER = 100_000_000  # bytes; the bound of the safetensors format
-_SHOWN = 4  # names of a list in a message
-
-# ------------------------------------------------------------------------------------------------------------- tensors
-
-
-def read_tensors(path: str | PathLike) -> tuple[dict[str, np.ndarray], str]:
-    """The tensors of a weights file.
-
-    Args:
-      path: a local file of safetensors, of `torch.save` (PyTorch 1.6 or later), or of NumPy (`.npz`). A dictionary
-        under 'model' or 'state_dict' is taken for the tensors; what lies beside it (optimizer, arguments) is not read.
-
-    Returns:
-      name -> array, of the shapes and types in the file (bfloat16: that of ml_dtypes), and the kind of the file:
-      'safetensors', 'torch' or 'npz'. Values that are no tensors, such as an epoch, are left out.
-
-    Raises:
-      CheckpointError: in one line, why the file can not be read or is not safe to read.
-    """
-    kind = _kind(path)
-    return {"safetensors": _read_safetensors, "torch": _read_torch, "npz": _read_npz}[kind](path), kind
-
-
-def _kind(path: str | PathLike) -> str:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-            if start.startswith(MAGIC):
-                return "torch" if is_pth(Archive(file)) else "npz"
-    except OSError as error:
-        raise CheckpointError(f"{path}: can not be read ({error.strerror})") from None
-    except CheckpointError as error:
-        raise refusal(path, error) from None
-    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= _MAX_HEADER:
-        return "safetensors"
-    if start[:1] == b"\x80":
-        return "torch"  # before PyTorch 1.6; the reader says so
-    raise CheckpointError(f"{path}: is neither safetensors, nor a file of torch.save, nor .npz")
-
-
-def _read_safetensors(path: str | PathLike) -> dict[str, np.ndarray]:
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except Exception as error:  # whatever the library raises on bytes that may be hostile
-        raise refusal(path, f"is damaged, or no safetensors file ({error})") from None
-
-
-def _read_torch(path: str | PathLike) -> dict[str, np.ndarray]:
-    return read_pth(path, part=_state_dict)
-
-
-def _state_dict(tree: dict) -> dict[str, StoredTensor]:
-    """The tensors of what `torch.save` was given: those under the one known wrapper, else those of the tree itself."""
-    wrappers = [name for name in _WRAPPERS if isinstance(tree.get(name), dict)]
-    if len(wrappers) > 1:
-        raise CheckpointError("holds both 'model' and 'state_dict'; save the one that is meant")
-    found = tree[wrappers[0]] if wrappers else tree
-    tensors = {name: value for name, value in found.items() if isinstance(value, StoredTensor)}
-    lost = [
-        f"{name!a}: {describe(value)}"
-        for name, value in found.items()
-        if (isinstance(value, Opaque) and value.name.startswith("torch._"))  # torch._utils._rebuild_qtensor, …
-        or (isinstance(value, StoredTensor) and not isinstance(name, str))
-    ]
-    if lost:
-        raise CheckpointError(f"holds what may be weights and is not read here: {_some(lost)}; save plain tensors")
-    if not tensors:
-        entries = [f"{name!a}: {describe(value)}" for name, value in found.items()]
-        raise CheckpointError(f"holds no tensors by name, but {_some(entries)}; save the model's state_dict()")
-    return tensors
-
-
-def _read_npz(path: str | PathLike) -> dict[str, np.ndarray]:
-    """Arrays of numbers; arrays of Python objects would have to be unpickled and are refused."""
-    try:
-        with open(path, "rb") as file:
-            archive, arrays = Archive(file), {}
-            for name in archive.sizes:
-                if not name.endswith(".npy"):
-                    raise CheckpointError(f"is neither a file of torch.save nor .npz: it has a member {name!a}")
-                content = io.BytesIO(archive.read(name))
-                arrays[name.removesuffix(".npy")] = np.lib.format.read_array(content, allow_pickle=False)
-            return arrays
-    except Exception as error:  # whatever NumPy raises on a header that may be hostile
-        raise refusal(path, error) from None
-
-
-def _some(items: list[str]) -> str:
-    """The first few of a list, and how many more there are."""
-    more = len(items) - _SHOWN
-    return ", ".join(items[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-# ------------------------------------------------------------------------------------------------------------- encoder
+_PARTS = ("encoder.norm", "decoder", "fc_norm", "head", "pooler")  # what a model may lack, as a whole
 
 
 @dataclass(frozen=True)
-class OpenedEncoder:
-    """An encoder from a file, and the sizes to build its model with.
+class Opened:
+    """A weights file that has been read.
 
     Attributes:
-      params: float32 tree of `models.vit.ViT`.
-      width, depth, heads, patch: see `models.vit.Size`.
-      channels: of a picture.
-      image_size: side of the picture in pixels.
-      layout: the key of `exchange.layouts.LAYOUTS` that the file fits (timm's and MAE's encoders are the same).
-      decoder: float32 tree of `models.mae.Decoder`, where the file has one.
+      model: what it holds.
+      layout: the key of `layouts.LAYOUTS` that it fits (timm's and MAE's encoders are the same).
       sha256: of the file, in hexadecimal.
+      notes: a sentence each on what was done to the weights: positions resized, parts that were allowed to be missing.
     """
 
-    params: dict
-    width: int
-    depth: int
-    heads: int
-    patch: int
-    channels: int
-    image_size: int
+    model: Model
     layout: str
-    decoder: dict | None
     sha256: str
+    notes: tuple[str, ...] = ()
 
 
-def open_encoder(path: str | PathLike, image_size: int | None = None, heads: int | None = None) -> OpenedEncoder:
-    """The encoder in a weights file of any published layout; see `read_tensors` for the files.
-
-    Args:
-      image_size: pixels a side, a multiple of the patch, instead of the size in the file. The fixed position table is
-        computed for it.
-      heads: attention heads, which no shape tells. Default: the published number, one a 64 channels (16 for the 1280
-        of ViT-H).
+def find_file(path: str | PathLike) -> Path:
+    """The weights file that a path means: itself, or the one in a folder in the form of timm or transformers.
 
     Raises:
-      CheckpointError: the file can not be read, fits no layout name for name, holds weights that are no real numbers
-        or positions other than the fixed sine-cosine table, or has an MLP that is not four times as wide.
-      ConfigError: `image_size` or `heads` does not fit the file, or `heads` is needed.
+      CheckpointError: a folder with none, or with weights split over several files.
     """
-    tensors, _ = read_tensors(path)
-    integers = [name for name, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)]
-    layout = _layout_of(path, tensors)
-    if integers:
-        raise refusal(path, f"weights that are no real numbers: {_some(integers)}")
-    kernel = _first(tensors, layout, "patch")
-    grid = round((_first(tensors, layout, "positions").shape[1]) ** 0.5)  # a class row more or less rounds away
-    width, channels, patch, _ = kernel.shape
-    try:
-        tree = from_layout(tensors, layout)
-    except CheckpointError as error:
-        raise refusal(path, error) from None
-    for part, leaves in tree.items():
-        into, out = leaves["blocks"]["fc1"]["kernel"].shape[1:]
-        if out != 4 * into:
-            raise refusal(path, f"the {part}'s MLP is {out} wide; only four times the width, {4 * into}, is modelled")
-    with open(path, "rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return OpenedEncoder(
-        params=tree["encoder"],
-        width=width,
-        depth=len(tree["encoder"]["blocks"]["norm1"]["scale"]),
-        heads=_heads(path, width, heads),
-        patch=patch,
-        channels=channels,
-        image_size=_image_size(path, patch, grid, image_size),
-        layout=layout,
-        decoder=tree.get("decoder"),
-        sha256=sha256,
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (path / name).is_file():
+            return path / name
+        if (path / f"{name}.index.json").is_file():
+            raise refusal(path, "holds weights split over several files; save them as one (max_shard_size='100GB')")
+    raise refusal(
+        path,
+        "is neither a work folder (config.resolved.yaml), a stage or checkpoint in one, nor a folder with "
+        "model.safetensors or pytorch_model.bin",
     )
 
 
-def _layout_of(path: str | PathLike, tensors: Mapping[str, np.ndarray]) -> str:
-    """The first layout of an encoder that the tensors fit.
+def open_model(
+    path: str | PathLike,
+    *,
+    image_size: int | None = None,
+    heads: int | None = None,
+    decoder_heads: int | None = None,
+    allow_missing: Iterable[str] = (),
+) -> Opened:
+    """The model in a weights file of any published layout; see `tensors.read_tensors` for the files.
+
+    Args:
+      path: a file, or a folder with one; see `find_file`.
+      image_size: pixels a side, a multiple of the patch, instead of the size in the file. A fixed position table is
+        computed for it, a learned one resized; see `positions.RESIZED`.
+      heads, decoder_heads: attention heads, which no shape tells. Default: what is said beside the weights, else the
+        published number: one a 64 channels (16 for the 1280 of ViT-H), 16 in a decoder of width 512.
+      allow_missing: patterns of parts that the file may lack, such as 'decoder/*'.
+
+    Raises:
+      CheckpointError: the file can not be read, fits no layout name for name, or holds weights that are no real
+        numbers or that our models do not compute with.
+      ConfigError: `image_size` or `heads` does not fit the file, or `heads` is needed.
+    """
+    path, allow_missing = find_file(path), tuple(allow_missing)
+    tensors, _ = read_tensors(path)
+    layout = _layout_of(path, tensors, allow_missing)
+    integers = [name for name, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)]
+    if integers:
+        raise refusal(path, f"weights that are no real numbers: {some(integers)}")
+    changes = _check_missing(path, tensors, layout)
+    kernel, table = (_first(tensors, layout, kind) for kind in ("patch", "positions"))
+    width, channels, patch, _ = kernel.shape
+    grid = round(table.shape[1] ** 0.5)  # a class row more or less rounds away
+    try:
+        tree = from_layout(tensors, layout, allow_missing)
+    except CheckpointError as error:
+        raise refusal(path, error) from None
+    del tensors
+    tree = _without_parts(tree, changes)
+    if "pooler" in tree:
+        del tree["pooler"]
+        changes["pooler"] = "its map after the CLS token (pooler) is left out: no feature here is made with it"
+    notes = read_notes(path)
+    facts = said(path, notes)
+    if _resized(path, tree["encoder"], patch, grid, image_size):
+        changes["positions"] = f"learned positions resized from {grid} x {grid}: {positions.RESIZED}"
+    encoder = ViT(
+        width,
+        _depth(tree["encoder"]),
+        _heads(path, width, heads or facts.heads),
+        patch,
+        image_size or grid * patch,
+        mlp_ratio=_mlp_ratio(path, tree["encoder"]),
+        learned_positions="pos_embed" in tree["encoder"],
+        final_norm="norm" in tree["encoder"],
+    )
+    sha256, md5 = _hashes(path)
+    model = Model(
+        name=path.stem if path.stem not in ("model", "pytorch_model") else path.parent.name,
+        encoder=encoder,
+        params=tree,
+        provenance=_provenance(path, layout, encoder, facts, notes, sha256, md5),
+        decoder=_decoder(path, tree, encoder, channels, decoder_heads or facts.decoder_heads),
+        pooling=facts.pooling or _published_pooling(layout, encoder, tree),
+        channels=channels,
+        classes=_classes(tree, facts),
+        normalised_pixels=facts.normalised_pixels,
+        **{
+            name: value
+            for name in ("mean", "std", "resize_ratio", "mask_ratio")
+            if (value := getattr(facts, name)) is not None and (name not in ("mean", "std") or len(value) == channels)
+        },
+    )
+    return Opened(model, layout, sha256, tuple(changes.values()))
+
+
+def _layout_of(path: Path, tensors: Mapping[str, np.ndarray], allow_missing: tuple[str, ...]) -> str:
+    """The layout of an encoder that the tensors fit; of several that which needs the fewest allowances.
 
     Raises:
       CheckpointError: there is none; lists what differs from the nearest.
     """
-    encoders = [layout for layout, rows in LAYOUTS.items() if any(row.path.startswith("encoder.") for row in rows)]
-    differences = {layout: misfits(tensors, layout) for layout in encoders}
-    nearest = min(encoders, key=lambda layout: sum(map(len, differences[layout].values())))
-    lists = [f"{len(items)} {title}: {_some(items)}" for title, items in differences[nearest].items() if items]
+    others = [name for name in LAYOUTS if name not in ENCODERS and not _count(misfits(tensors, name))]
+    if others:
+        kind = "a linear probe; give it to convert as --head" if others[0] == "maect_probe" else "an NNCLR head"
+        raise refusal(path, f"holds no encoder but {kind}")
+    differences = {layout: misfits(tensors, layout, allow_missing) for layout in ENCODERS}
+    allowed = {layout: _count(misfits(tensors, layout)) - _count(differences[layout]) for layout in ENCODERS}
+    nearest = min(ENCODERS, key=lambda layout: (_count(differences[layout]), allowed[layout]))
+    lists = [f"{len(items)} {title}: {some(items)}" for title, items in differences[nearest].items() if items]
     if lists:
         raise refusal(path, f"fits no known layout; compared with the nearest, {nearest}: {'; '.join(lists)}")
     return nearest
+
+
+def _count(differences: Mapping[str, list[str]]) -> int:
+    return sum(map(len, differences.values()))
 
 
 def _first(tensors: Mapping[str, np.ndarray], layout: str, kind: str) -> np.ndarray:
@@ -210,7 +168,63 @@ def _first(tensors: Mapping[str, np.ndarray], layout: str, kind: str) -> np.ndar
     return next(tensors[row.names[0]] for row in LAYOUTS[layout] if row.kind == kind)
 
 
-def _heads(path: str | PathLike, width: int, heads: int | None) -> int:
+def _check_missing(path: Path, tensors: Mapping[str, np.ndarray], layout: str) -> dict[str, str]:
+    """Part -> a sentence for each part of which something is missing, as it was allowed to be.
+
+    Raises:
+      CheckpointError: what is missing can not be done without.
+    """
+    missing = set(misfits(tensors, layout)["missing"])
+    found: dict[str, list[str]] = {}
+    for row in LAYOUTS[layout]:
+        lost = [name for name in missing if any(_is_block(name, of_row) for of_row in row.names)]
+        part = next((part for part in _PARTS if row.path.startswith(f"{part}.")), "")
+        if lost and not part:
+            raise refusal(path, f"lacks what no encoder can do without: {some(sorted(lost))}")
+        if lost:
+            found.setdefault(part, []).extend(lost)
+    return {part: f"left out {part}, allowed to be missing: no {some(sorted(lost))}" for part, lost in found.items()}
+
+
+def _is_block(name: str, of_row: str) -> bool:
+    """Whether a tensor's name is that of a row, in any block."""
+    before, stacked, after = of_row.partition("{i}")
+    if not stacked:
+        return name == of_row
+    return name.startswith(before) and name.endswith(after) and name[len(before) : len(name) - len(after)].isdigit()
+
+
+def _without_parts(tree: dict, parts: Iterable[str]) -> dict:
+    kept = {name: part for name, part in tree.items() if name not in parts}
+    if "encoder.norm" in parts:
+        kept["encoder"] = {name: leaf for name, leaf in kept["encoder"].items() if name != "norm"}
+    return kept
+
+
+def _resized(path: Path, encoder: dict, patch: int, grid: int, image_size: int | None) -> bool:
+    """Puts learned positions of another size in the place of those of the file; False where nothing was to do."""
+    if image_size is None or image_size == grid * patch:
+        return False
+    if image_size < patch or image_size % patch:
+        raise ConfigError(f"image_size: {image_size} is no multiple of the patch of {path}, {patch} pixels")
+    if "pos_embed" not in encoder:
+        return False
+    encoder["pos_embed"] = positions.resize(encoder["pos_embed"], image_size // patch)
+    return True
+
+
+def _depth(part: dict) -> int:
+    return len(part["blocks"]["norm1"]["scale"])
+
+
+def _mlp_ratio(path: Path, part: dict) -> int:
+    into, out = part["blocks"]["fc1"]["kernel"].shape[1:]
+    if out % into:
+        raise refusal(path, f"an MLP of {out} channels in blocks of {into}; only whole multiples are modelled")
+    return out // into
+
+
+def _heads(path: Path, width: int, heads: int | None) -> int:
     if heads is None:
         if width % 64:
             raise ConfigError(f"heads: {path} has width {width}, for which no number of heads is published; give it")
@@ -220,7 +234,59 @@ def _heads(path: str | PathLike, width: int, heads: int | None) -> int:
     return heads
 
 
-def _image_size(path: str | PathLike, patch: int, grid: int, image_size: int | None) -> int:
-    if image_size is not None and (image_size < patch or image_size % patch):
-        raise ConfigError(f"image_size: {image_size} is no multiple of the patch of {path}, {patch} pixels")
-    return image_size or grid * patch
+def _decoder(path: Path, tree: dict, encoder: ViT, channels: int, heads: int | None) -> Decoder | None:
+    """The decoder's shape; None where the file has none."""
+    if "decoder" not in tree:
+        return None
+    width, values = tree["decoder"]["predict"]["kernel"].shape
+    if values != channels * encoder.patch**2:
+        raise refusal(path, f"its decoder predicts {values} values a patch of {channels} x {encoder.patch} squared")
+    if heads is None and width != 512:
+        raise ConfigError(
+            f"decoder_heads: {path} has a decoder of width {width}, for which no number of heads is published; give it"
+        )
+    heads = heads or 16
+    if width % heads:
+        raise ConfigError(f"decoder_heads: {heads} does not divide the width {width} of {path}; give a divisor")
+    ratio = _mlp_ratio(path, tree["decoder"])
+    return Decoder(width, _depth(tree["decoder"]), heads, encoder.grid, values, mlp_ratio=ratio)
+
+
+def _published_pooling(layout: str, encoder: ViT, tree: dict) -> str:
+    """The patch mean for MAE-CT's B/16 (published so) and under an `fc_norm`, else the CLS token."""
+    of_maect_base = layout == "maect_encoder" and encoder.width == 768
+    return "mean" if of_maect_base or "fc_norm" in tree else "cls"
+
+
+def _classes(tree: dict, facts: Said) -> tuple[str, ...]:
+    """Names of the head's classes, where there are as many names as outputs."""
+    names = facts.classes or ()
+    return names if "head" in tree and len(names) == len(tree["head"]["bias"]) else ()
+
+
+def _hashes(path: Path) -> tuple[str, str]:
+    """SHA-256 and MD5 of a file, in hexadecimal; the latter is how MAE's files are published."""
+    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            sha256.update(chunk)
+            md5.update(chunk)
+    return sha256.hexdigest(), md5.hexdigest()
+
+
+def _provenance(
+    path: Path, layout: str, encoder: ViT, facts: Said, notes: dict[str, Any], sha256: str, md5: str
+) -> Provenance:
+    """What our own note in the file says; else that the weights come from this file."""
+    if facts.provenance is not None:
+        return facts.provenance
+    license, source = license_of(layout, encoder, facts.license, notes, md5)
+    origin = {"name": path.name, "sha256": sha256, "layout": layout, "license": license}
+    step = notes.get("epoch")
+    return Provenance(
+        license=license,
+        license_source=source,
+        derived_from=(origin,),
+        trained_on="",
+        stage=f"epoch {step}" if type(step) is int else "",
+    )

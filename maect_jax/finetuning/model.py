@@ -54,11 +54,11 @@ def classifier_of(encoder: ViT, classes: int, pooling: str) -> Classifier:
 
 
 def start_params(model: Classifier, encoder_params: dict, values: int, key: jax.Array) -> dict:
-    """Parameters a fine-tuning starts from: the encoder as given, fixed positions for its picture size, a new head.
+    """Parameters a fine-tuning starts from: the encoder as given, its positions or the fixed ones, a new head.
 
     Args:
       model: from `classifier_of`.
-      encoder_params: tree of an encoder with fixed positions, pre-trained with pictures of any size.
+      encoder_params: tree of an encoder; where its positions are fixed, pre-trained with pictures of any size.
       values: numbers in a patch vector.
       key: of the head's start.
 
@@ -66,10 +66,11 @@ def start_params(model: Classifier, encoder_params: dict, values: int, key: jax.
       CheckpointError: the encoder is of another architecture.
     """
     params = model.init(key, jnp.zeros((1, model.encoder.grid**2, values)))["params"]
-    wanted = {name: leaf for name, leaf in params["encoder"].items() if name != "pos_embed"}
-    given = {name: leaf for name, leaf in encoder_params.items() if name != "norm" or model.encoder.final_norm}
-    compare_trees(given, wanted, "the encoder to fine-tune")
-    return params | {"encoder": given | {"pos_embed": params["encoder"]["pos_embed"]}}
+    unused = ("fc_norm",) if model.encoder.final_norm else ("fc_norm", "norm")
+    given = {name: leaf for name, leaf in encoder_params.items() if name not in unused}
+    given.setdefault("pos_embed", params["encoder"]["pos_embed"])
+    compare_trees(given, params["encoder"], "the encoder to fine-tune")
+    return params | {"encoder": given}
 
 
 def drop_path_rates(depth: int, rate: float) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from golden import arrays, below
-from maect_jax.exchange.layouts import from_layout, to_layout
+from maect_jax.exchange.mapping import from_layout, to_layout
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.patches import gather_rows, patchify, position_table, unpatchify
 from maect_jax.objectives.mae import pixel_targets, reconstruction_loss

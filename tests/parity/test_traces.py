@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from golden import arrays, below
-from maect_jax.exchange.layouts import from_layout, to_layout
+from maect_jax.exchange.mapping import from_layout, to_layout
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.vit import join_blocks, split_blocks
 from maect_jax.neighbors.queue import SupportQueue

@@ -175,7 +175,7 @@ def test_a_file_in_a_foreign_layout_has_the_numbers_of_its_run(evaluated, run, p
     import jax
     import safetensors.numpy
 
-    from maect_jax.exchange.layouts import to_layout
+    from maect_jax.exchange.mapping import to_layout
     from maect_jax.parallel.mesh import make_mesh
     from maect_jax.weights import open_weights
 

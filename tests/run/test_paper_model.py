@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from maect_jax.exchange.layouts import to_layout
+from maect_jax.exchange.mapping import to_layout
 from maect_jax.models.vit import SIZES, ViT
 from runs import ROOT, environment, launch, lines, make_pictures
 

@@ -1,0 +1,108 @@
+"""Weights files are told by content, and their tensors read with the types they have; what is hostile is refused."""
+
+import io
+import struct
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from maect_jax.errors import CheckpointError
+from maect_jax.exchange.tensors import read_notes, read_tensors
+from torch_files import torch
+from weight_files import random_tree, refusal, tensors_of, written
+
+
+@pytest.fixture(scope="module")
+def tree():
+    return random_tree()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "flat", "state_dict", "training"])
+def test_every_kind_of_file_gives_the_same_tensors(kind, tree, tmp_path):
+    tensors = tensors_of(tree, "mae_official_full")
+    read, found = read_tensors(written(tmp_path, tensors, kind))
+    assert found == (kind if kind in ("safetensors", "npz") else "torch")
+    assert read.keys() == tensors.keys()
+    assert all(np.array_equal(read[name], x) and read[name].dtype == x.dtype for name, x in tensors.items())
+
+
+def test_short_floats_keep_their_type(tmp_path):
+    tensors = {"half": np.ones(3, np.float16), "brain": np.arange(3).astype(ml_dtypes.bfloat16)}
+    safetensors.numpy.save_file(tensors, tmp_path / "a")
+    torch.save({"half": torch.ones(3).half(), "brain": torch.arange(3).bfloat16()}, tmp_path / "b")
+    for name in "ab":
+        read, _ = read_tensors(tmp_path / name)
+        assert all(read[k].dtype == x.dtype and np.array_equal(read[k], x) for k, x in tensors.items())
+
+
+def test_torch_files_that_hold_no_state_dictionary_say_what_they_hold(tmp_path):
+    ones, path = {"w": torch.ones(2)}, tmp_path / "x"
+    for content, why in (
+        ({"model": torch.nn.Linear(2, 2), "epoch": 1}, "'model': 'torch.nn.modules.linear.Linear', 'epoch': 'int'"),
+        ({"model": ones, "state_dict": ones}, "both 'model' and 'state_dict'"),
+        ({"a": {"b": ones}}, "no tensors by name, but 'a': 'dict'"),
+        (ones | {"v": torch.eye(2).to_sparse()}, "'v': 'torch._utils._rebuild_sparse_tensor'"),
+        ({"state_dict": ones | {3: torch.ones(2)}}, "may be weights and is not read here: 3:"),
+    ):
+        torch.save(content, path)
+        assert why in refusal(read_tensors, path)
+
+
+def test_files_of_no_kind_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for content, why in ((b"", "is neither"), (b"<!DOCTYPE html>", "is neither"), (b"\x80\x02}.", "bare pickle")):
+        path.write_bytes(content)
+        assert why in refusal(read_tensors, path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/weights.txt", "1 2 3")
+    assert "has a member 'model/weights.txt'" in refusal(read_tensors, path)
+    assert "No such file" in refusal(read_tensors, tmp_path / "absent")
+
+
+def test_hostile_arrays_are_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, x=np.array([{"a": 1}], dtype=object))
+    assert "Object arrays cannot be loaded" in refusal(read_tensors, path)
+    content = io.BytesIO()
+    np.save(content, np.zeros(16))
+    for old, new in ((b"(16,)", b"(1<<9,)"), (b"(16,)", b"(9" + b"9" * 20 + b",)"), (b"{'descr'", b"{'descr(")):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", content.getvalue().replace(old, new))
+        refusal(read_tensors, path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz"])
+def test_flipped_bytes_and_cuts_are_read_or_refused(kind, tmp_path):
+    path = written(tmp_path, {"w": np.ones((4, 3), np.float32), "n": np.arange(5)}, kind)
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(400):
+        changed = bytearray(content)
+        for at in rng.integers(len(changed), size=rng.integers(1, 4)):
+            changed[at] = rng.integers(256)
+        path.write_bytes(changed if i % 4 else content[: rng.integers(len(content))])
+        try:
+            read_tensors(path)
+        except CheckpointError as error:
+            assert str(error).startswith(f"{path}: ") and str(error).isprintable()
+
+
+def test_overlapping_safetensors_are_refused(tmp_path):
+    header = (
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}'
+    )
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header + bytes(12))
+    assert "no safetensors file" in refusal(read_tensors, tmp_path / "x")
+
+
+def test_what_a_file_says_beside_its_tensors(tree, tmp_path):
+    tensors = tensors_of(tree, "mae_official_encoder")
+    notes = read_notes(written(tmp_path, tensors, "training"))
+    assert notes == {"optimizer": "dict", "epoch": 3, "scaler": "dict", "args": "argparse.Namespace"}
+    assert read_notes(written(tmp_path, tensors, "flat")) == {}
+    assert read_notes(written(tmp_path, tensors, "npz")) == {}
+    safetensors.numpy.save_file({"w": np.ones(2)}, tmp_path / "x", {"format": "pt"})
+    assert read_notes(tmp_path / "x") == {"format": "pt"}
