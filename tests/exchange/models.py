@@ -44,6 +44,8 @@ def random_model(
         params["head"] = _random_tree({"kernel": _shape(width, classes), "bias": _shape(classes)}, random)
     if fc_norm:
         facts = {"pooling": "mean"} | facts
+    if channels != 3:
+        facts = {"mean": (0.4,) * channels, "std": (0.2,) * channels} | facts
     facts = {"name": "tune", "provenance": Provenance(), "normalised_pixels": True if decoder else None} | facts
     return Model(encoder=encoder, decoder=half, params=params, channels=channels, **facts)
 
