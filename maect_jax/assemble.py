@@ -26,8 +26,17 @@ from maect_jax.training.steps import Clock, Step, make_contrastive_step, make_pr
 def build_encoder(config: ConfigDict, frozen: int = 0) -> ViT:
     """The encoder; `frozen` lower blocks kept apart (stage 3)."""
     m = config.model
-    dtype = jnp.dtype(m.dtype)
-    return ViT(m.width, m.depth, m.heads, m.patch, m.image_size, dtype=dtype, remat=m.remat, frozen=frozen)
+    return ViT(
+        m.width,
+        m.depth,
+        m.heads,
+        m.patch,
+        m.image_size,
+        dtype=jnp.dtype(m.dtype),
+        remat=m.remat,
+        frozen=frozen,
+        learned_positions=m.positions == "learned",
+    )
 
 
 def build_autoencoder(config: ConfigDict) -> MaskedAutoencoder:

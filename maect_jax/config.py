@@ -30,7 +30,8 @@ def default() -> ConfigDict:
             "name": "mae_ct",
             "seed": 0,
             "stages": ("pretrain", "head", "tune", "evaluate"),
-            "init_from": "",  # work folder, or stage folder in it, of an earlier run: its encoder starts this one
+            "init_from": "",  # earlier run (work or stage folder), or anybody's weights file, that this run starts from
+            "allow_missing": "",  # parts that such a file may lack, as 'decoder/*', with commas between
             "model": {
                 "width": 1024,
                 "depth": 24,
@@ -38,6 +39,7 @@ def default() -> ConfigDict:
                 "patch": 16,
                 "image_size": 224,  # pixels
                 "channels": 3,
+                "positions": "fixed",  # sine-cosine table, or 'learned', as in many ViTs of others
                 "pooling": "cls",  # feature of a picture: 'cls' token or 'mean' of the patch tokens
                 "dtype": "bfloat16",  # of the computation; parameters, statistics, softmax and losses are float32
                 "remat": False,  # recompute activations in the backward pass: less memory, a third more work

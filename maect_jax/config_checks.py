@@ -37,6 +37,7 @@ def check(config: ConfigDict) -> list[str]:
         need(part.width % 4 == 0, f"{prefix}.width", "must be a multiple of 4 (position table)")
         need(part.width % part.heads == 0, f"{prefix}.width", f"must be a multiple of heads = {part.heads}")
     need(model.pooling in ("cls", "mean"), "model.pooling", "must be 'cls' or 'mean'")
+    need(model.positions in ("fixed", "learned"), "model.positions", "must be 'fixed' or 'learned'")
     need(model.dtype in ("bfloat16", "float32"), "model.dtype", "must be 'bfloat16' or 'float32'")
     need(bool(config.data.train), "data.train", "give 'digits', a folder of pictures, or a TFDS name")
     for key in ("mean", "std"):

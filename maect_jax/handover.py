@@ -4,18 +4,21 @@ A complete stage has `DONE.json` with the hash of the encoder it stands for; wha
 """
 
 import json
+from dataclasses import replace
 
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maect_jax.config import TRAINED
+from maect_jax import foreign
+from maect_jax.config import TRAINED, plain
 from maect_jax.context import Run
 from maect_jax.errors import CheckpointError, ConfigError
+from maect_jax.exchange.provenance import Provenance, from_dict, trained
 from maect_jax.models.vit import join_blocks
 from maect_jax.parallel.mesh import replicated
 from maect_jax.results.record import weights_hash
-from maect_jax.training.checkpoint import absolute, compare_trees, newest_step_folder, read_arrays
+from maect_jax.training.checkpoint import absolute, compare_trees, newest_step_folder, read_arrays, read_meta
 
 BEFORE = {"control": "pretrain", "head": "pretrain", "tune": "head"}
 EVALUATED = ("pretrain", "control", "tune")
@@ -79,6 +82,12 @@ def read_stage(folder: epath.Path, mesh: Mesh) -> tuple[dict, epath.Path]:
     return parts, found
 
 
+def provenance_of(checkpoint: epath.Path) -> Provenance:
+    """Where the weights of a checkpoint (a step's folder) come from; of older ones nothing is known."""
+    meta = read_meta(checkpoint)
+    return replace(from_dict(meta.get("provenance") or {}), step=meta.get("step"))
+
+
 def evaluated_folders(config: ConfigDict, workdir: epath.Path) -> dict[str, epath.Path]:
     """Stage -> folder of every complete stage there is to evaluate.
 
@@ -86,7 +95,8 @@ def evaluated_folders(config: ConfigDict, workdir: epath.Path) -> dict[str, epat
     """
     folders = {stage: workdir / stage for stage in EVALUATED}
     earlier = absolute(config.init_from or ".")
-    if config.init_from and not (folders["pretrain"] / "DONE.json").exists():
+    from_run = config.init_from and not foreign.is_weights_file(config.init_from)
+    if from_run and not (folders["pretrain"] / "DONE.json").exists():
         folders["pretrain"] = earlier if earlier.name == "pretrain" else earlier / "pretrain"
     return {stage: folder for stage, folder in folders.items() if (folder / "DONE.json").exists()}
 
@@ -100,7 +110,9 @@ def check_order(config: ConfigDict, workdir: epath.Path) -> list[str]:
         if before in config.stages[:i] or begun or stage == "evaluate":
             continue
         try:
-            if before and _source_folder(config, workdir, before) is None:
+            if _starts_from_file(config, workdir, stage):
+                foreign.sources_of(config, stage, foreign.open_initial(config))
+            elif before and _source_folder(config, workdir, before) is None:
                 problems.append(
                     f"config.stages: '{stage}' starts from the stage '{before}', which is not complete in {workdir}; "
                     "add it to config.stages, or give the folder of a run that has it as --config.init_from"
@@ -112,24 +124,50 @@ def check_order(config: ConfigDict, workdir: epath.Path) -> list[str]:
     return problems
 
 
+def _starts_from_file(config: ConfigDict, workdir: epath.Path, stage: str) -> bool:
+    """Whether `stage` starts from a weights file: one is given, and there is no earlier stage to start from."""
+    before = BEFORE.get(stage)
+    complete = before is not None and (workdir / before / "DONE.json").exists()
+    return not complete and foreign.is_weights_file(config.init_from)
+
+
 def _source_folder(config: ConfigDict, workdir: epath.Path, before: str) -> epath.Path | None:
     """Folder of the complete stage `before`: in the work folder, else what `init_from` means, else None."""
     folder = workdir / before
     return folder if (folder / "DONE.json").exists() else _init_folder(config.init_from, before)
 
 
-def stage_sources(run: Run, stage: str, wanted: dict) -> dict:
-    """What `stage` starts from, of the shapes `wanted`; {} for a pre-training from scratch.
+def stage_sources(run: Run, stage: str, wanted: dict) -> tuple[dict, Provenance]:
+    """What `stage` starts from, of the shapes `wanted` ({} for a pre-training from scratch), and the provenance of
+    what it will train.
 
     Raises:
       ConfigError: `init_from` does not have what this stage starts from.
       CheckpointError: it can not be read, or is of another architecture.
     """
+    config = run.config
+    if _starts_from_file(config, run.workdir, stage):
+        opened = foreign.open_initial(config)
+        for note in opened.notes:
+            run.say(f"{stage}: {config.init_from}: {note}")
+        sources = foreign.sources_of(config, stage, opened)
+        before, origin, where = opened.model.provenance, None, config.init_from
+        run.say(f"{stage}: starts from {config.init_from} ({opened.layout}; licence: {before.license})")
+    else:
+        sources, before, origin, where = _from_run(run, stage)
+    compare_trees(sources, {name: wanted[name] for name in sources}, where)
+    average = f"exponential, {config.tune.ema_factor}" if stage == "tune" else "none"
+    about = {"stage": stage, "recipe": plain(config), "trained_on": config.data.train, "average": average}
+    return sources, trained(before, origin, **about)
+
+
+def _from_run(run: Run, stage: str) -> tuple[dict, Provenance | None, dict | None, str]:
+    """What an earlier stage left: sources, their provenance, the entry that names them, and the folder."""
     before = BEFORE.get(stage)
     config, workdir = run.config, run.workdir
     folder = _source_folder(config, workdir, before) if before else _init_folder(config.init_from, stage)
     if folder is None:
-        return {}  # `check_order` has seen to it that only pre-training comes here
+        return {}, None, None, ""  # `check_order` has seen to it that only pre-training comes here
     parts, found = read_stage(folder, run.mesh)
     sources = {"encoder": encoder_of(parts)}
     if stage in ("pretrain", "control") and "decoder" in parts["params"]:
@@ -139,14 +177,20 @@ def stage_sources(run: Run, stage: str, wanted: dict) -> dict:
             raise ConfigError(f"config.init_from: {folder} has no head to tune with; add 'head' to config.stages")
         sources |= {name: parts[name] for name in ("params", "batch_stats", "queue")}
         sources["params"] = {name: parts["params"][name] for name in ("projector", "predictor")}
-    compare_trees(sources, {name: wanted[name] for name in sources}, str(found))
-    return sources
+    done, provenance = read_done(folder), provenance_of(found)
+    origin = {"name": provenance.recipe.get("name", folder.parent.name), "stage": folder.name, "step": done["step"]}
+    return sources, provenance, origin | {"sha256": done["weights"], "license": provenance.license}, str(found)
 
 
 def _init_folder(init_from: str, stage: str) -> epath.Path | None:
     """The stage folder that `init_from` means: itself, or the stage of that name in it."""
     if not init_from:
         return None
+    if foreign.is_weights_file(init_from):
+        raise ConfigError(
+            f"config.init_from: '{init_from}' is a weights file, which stands for a pre-training; it has no stage "
+            f"'{stage}': add the stages between to config.stages"
+        )
     root = absolute(init_from)
     if not root.exists():
         raise ConfigError(f"config.init_from: no folder '{init_from}'; give the work folder of an earlier run")

@@ -26,8 +26,8 @@ from maect_jax.training.logbook import Logbook
 from maect_jax.training.stop import StopRequest
 
 # Settings that may differ when a work folder is continued: they do not change what is learned.
-FREE_TO_CHANGE = ("stages", "init_from", "log_every", "checkpoint.", "evaluate.", "data.workers", "data.resident_gib")
-FREE_TO_CHANGE += ("mesh.", "model.remat")
+FREE_TO_CHANGE = ("stages", "init_from", "allow_missing", "log_every", "checkpoint.", "evaluate.", "data.workers")
+FREE_TO_CHANGE += ("data.resident_gib", "mesh.", "model.remat")
 
 
 def main(arguments: list[str]) -> int:

@@ -59,11 +59,12 @@ def run_training_stage(run: Run, stage: str) -> None:
     step, shapes, shardings = assemble.compile_for(assembled, run.mesh, wanted)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_every)
     if found := checkpoints.restore(shapes, shardings):
-        state, seconds = found[0], found[1]["seconds"]
+        state, seconds, provenance = found[0], found[1]["seconds"], found[1].get("provenance")
         run.say(f"{stage}: continues after update {int(state.step)} of {assembled.clock.updates}")
     else:
-        sources = stage_sources(run, stage, wanted)
+        sources, origin = stage_sources(run, stage, wanted)
         state, seconds = jax.jit(assembled.first_state, out_shardings=shardings)(sources), 0.0
+        provenance = origin.as_dict()
         if run.leader:
             table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             (folder / "parameters.txt").write_text(table + "\n")
@@ -96,7 +97,7 @@ def run_training_stage(run: Run, stage: str) -> None:
         health=health,
         hidden=() if run.train.classes else ("neighbor_accuracy",),
         seconds=seconds,
-        meta={"stage": stage, "name": config.name, "seed": config.seed},
+        meta={"stage": stage, "name": config.name, "seed": config.seed, "provenance": provenance},
     )
     progress = StageProgress(stage, plan.updates, plan.updates_per_epoch, _later_work(run, stage), run.leader)
     try:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,13 @@ class Opened:
       layout: the key of `layouts.LAYOUTS` that it fits (timm's and MAE's encoders are the same).
       sha256: of the file, in hexadecimal.
       notes: a sentence each on what was done to the weights: positions resized, parts that were allowed to be missing.
+      said: what is said beside the weights; heads that are not said are the published ones, if any.
     """
 
     model: Model
     layout: str
     sha256: str
+    said: Said
     notes: tuple[str, ...] = ()
 
 
@@ -49,6 +51,8 @@ def find_file(path: str | PathLike) -> Path:
     Raises:
       CheckpointError: a folder with none, or with weights split over several files.
     """
+    if "://" in str(path):
+        raise refusal(path, "weights of others are read from a local disk; copy the file there")
     path = Path(path)
     if not path.is_dir():
         return path
@@ -107,26 +111,27 @@ def open_model(
         del tree["pooler"]
         changes["pooler"] = "its map after the CLS token (pooler) is left out: no feature here is made with it"
     notes = read_notes(path)
-    facts = said(path, notes)
+    facts = _with_published_heads(said(path, notes), width, tree)
     if _resized(path, tree["encoder"], patch, grid, image_size):
         changes["positions"] = f"learned positions resized from {grid} x {grid}: {positions.RESIZED}"
     encoder = ViT(
         width,
         _depth(tree["encoder"]),
-        _heads(path, width, heads or facts.heads),
+        _checked_heads(path, "heads", width, facts.heads if heads is None else heads),
         patch,
         image_size or grid * patch,
         mlp_ratio=_mlp_ratio(path, tree["encoder"]),
         learned_positions="pos_embed" in tree["encoder"],
         final_norm="norm" in tree["encoder"],
     )
+    decoder = _decoder(path, tree, encoder, channels, facts.decoder_heads if decoder_heads is None else decoder_heads)
     sha256, md5 = _hashes(path)
     model = Model(
         name=path.stem if path.stem not in ("model", "pytorch_model") else path.parent.name,
         encoder=encoder,
         params=tree,
         provenance=_provenance(path, layout, encoder, facts, notes, sha256, md5),
-        decoder=_decoder(path, tree, encoder, channels, decoder_heads or facts.decoder_heads),
+        decoder=decoder,
         pooling=facts.pooling or _published_pooling(layout, encoder, tree),
         channels=channels,
         classes=_classes(tree, facts),
@@ -137,7 +142,7 @@ def open_model(
             if (value := getattr(facts, name)) is not None and (name not in ("mean", "std") or len(value) == channels)
         },
     )
-    return Opened(model, layout, sha256, tuple(changes.values()))
+    return Opened(model, layout, sha256, facts, tuple(changes.values()))
 
 
 def _layout_of(path: Path, tensors: Mapping[str, np.ndarray], allow_missing: tuple[str, ...]) -> str:
@@ -224,14 +229,19 @@ def _mlp_ratio(path: Path, part: dict) -> int:
     return out // into
 
 
-def _heads(path: Path, width: int, heads: int | None) -> int:
+def _checked_heads(path: Path, key: str, width: int, heads: int | None) -> int:
     if heads is None:
-        if width % 64:
-            raise ConfigError(f"heads: {path} has width {width}, for which no number of heads is published; give it")
-        return 16 if width == 1280 else width // 64
+        raise ConfigError(f"{key}: {path} has width {width}, for which no number of heads is published; give it")
     if heads < 1 or width % heads:
-        raise ConfigError(f"heads: {heads} does not divide the width {width} of {path}; give a divisor")
+        raise ConfigError(f"{key}: {heads} does not divide the width {width} of {path}; give a divisor")
     return heads
+
+
+def _with_published_heads(facts: Said, width: int, tree: dict) -> Said:
+    """Where nothing is said: one head a 64 channels (16 for the 1280 of ViT-H), 16 in a decoder of width 512."""
+    published = 16 if width == 1280 else width // 64 if width % 64 == 0 else None
+    of_decoder = 16 if "decoder" in tree and tree["decoder"]["predict"]["kernel"].shape[0] == 512 else None
+    return replace(facts, heads=facts.heads or published, decoder_heads=facts.decoder_heads or of_decoder)
 
 
 def _decoder(path: Path, tree: dict, encoder: ViT, channels: int, heads: int | None) -> Decoder | None:
@@ -241,13 +251,7 @@ def _decoder(path: Path, tree: dict, encoder: ViT, channels: int, heads: int | N
     width, values = tree["decoder"]["predict"]["kernel"].shape
     if values != channels * encoder.patch**2:
         raise refusal(path, f"its decoder predicts {values} values a patch of {channels} x {encoder.patch} squared")
-    if heads is None and width != 512:
-        raise ConfigError(
-            f"decoder_heads: {path} has a decoder of width {width}, for which no number of heads is published; give it"
-        )
-    heads = heads or 16
-    if width % heads:
-        raise ConfigError(f"decoder_heads: {heads} does not divide the width {width} of {path}; give a divisor")
+    heads = _checked_heads(path, "decoder_heads", width, heads)
     ratio = _mlp_ratio(path, tree["decoder"])
     return Decoder(width, _depth(tree["decoder"]), heads, encoder.grid, values, mlp_ratio=ratio)
 

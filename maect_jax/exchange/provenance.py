@@ -78,18 +78,28 @@ def strictest(*provenances: Provenance) -> tuple[str, str]:
 
 
 def trained(
-    before: Provenance | None, *, stage: str, step: int | None, recipe: dict, trained_on: str, average: str = "none"
+    before: Provenance | None,
+    origin: dict[str, Any] | None,
+    *,
+    stage: str,
+    recipe: dict,
+    trained_on: str,
+    average: str = "none",
 ) -> Provenance:
-    """Provenance of weights that this package trains: from scratch, or on from `before`, whose licence stays."""
+    """Provenance of weights that this package trains.
+
+    Args:
+      before: of the weights that it starts from, whose licence stays; None = from scratch.
+      origin: the entry of `derived_from` for these weights, where `before` does not have it yet.
+    """
     license, source = (before.license, before.license_source) if before else (OWN, "trained from scratch")
     return Provenance(
         license=license,
         license_source=source,
-        derived_from=before.derived_from if before else (),
+        derived_from=((origin,) if origin else ()) + (before.derived_from if before else ()),
         trained_on=trained_on,
         recipe=recipe,
         stage=stage,
-        step=step,
         average=average,
         code_version=maect_jax.__version__,
     )

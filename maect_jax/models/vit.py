@@ -221,12 +221,12 @@ def pool(tokens_bnd: jax.Array, pooling: str) -> jax.Array:
 def split_blocks(encoder: dict, frozen: int) -> tuple[dict, dict]:
     """Encoder parameters as (trained, frozen) trees for `ViT(frozen=frozen)`.
 
-    Frozen are the patch embedding, the CLS token and the blocks below index `frozen`; trained are the others and the
-    final LayerNorm. `encoder` is the tree of `ViT(frozen=0)`.
+    Frozen are the patch embedding, the CLS token, learned positions and the blocks below index `frozen`; trained are
+    the others and the final LayerNorm. `encoder` is the tree of `ViT(frozen=0)`.
     """
     lower = jax.tree.map(lambda x: x[:frozen], encoder["blocks"])
     upper = jax.tree.map(lambda x: x[frozen:], encoder["blocks"])
-    stem = {name: encoder[name] for name in ("patch_embed", "cls_token")}
+    stem = {name: encoder[name] for name in ("patch_embed", "cls_token", "pos_embed") if name in encoder}
     return {"blocks": upper, "norm": encoder["norm"]}, {
         **stem,
         **({"frozen_blocks": lower} if frozen else {}),

@@ -156,6 +156,19 @@ def read_arrays(
     return {part: found.get(part, {}) for part in parts}
 
 
+def read_meta(folder: epath.Path) -> dict:
+    """The JSON item of the checkpoint in `folder` (a step's folder); {} where it has none.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    path = folder / "meta" / "metadata"
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is damaged ({error}); give another checkpoint") from None
+
+
 def newest_step_folder(stage_folder: epath.Path) -> epath.Path | None:
     """Folder of the newest complete checkpoint of a stage, or None."""
     folder = stage_folder / "checkpoints"
