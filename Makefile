@@ -16,10 +16,14 @@ $(VENV)/.test: requirements-test.txt $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
+$(VENV)/.transformers4: requirements-transformers4.txt $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/transformers4 -r $<
+	touch $@
+
 demo: $(VENV)/.base
 	$(BIN)/python launch.py --config=configs/digits.py --workdir=$(WORKDIR)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.transformers4
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.test
