@@ -16,6 +16,7 @@ from maect_jax.evaluation.task import Settings
 from maect_jax.models.vit import join_blocks
 from maect_jax.parallel.mesh import batch_sharding
 from maect_jax.report.figures import neighbor_grid, reconstruction_grid
+from maect_jax.trained import stages_of
 from maect_jax.training.state import TrainState
 
 RECONSTRUCTIONS = 12
@@ -120,7 +121,11 @@ def settings_of(run: Run) -> Settings:
 def evaluate_run(run: Run) -> None:
     """Runs the suite on every complete stage; without labelled test pictures, only pictures of neighbours are made."""
     run.logbook.start_stage("evaluate", 0)
-    subjects = weights.of_run(run.config, run.workdir, run.mesh, str(run.workdir))
+    source = str(run.workdir)
+    found = [
+        weights.of_trained(run.config, trained, run.mesh, source) for trained in stages_of(run.config, run.workdir)
+    ]
+    subjects = [subject for stage in found for subject in stage]
     train, test, settings = run.train, run.test, settings_of(run)
     place = suite.Place(run.mesh, run.workdir, run.stop, run.say, run.leader)
     if not can_evaluate(run):

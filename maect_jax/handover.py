@@ -157,8 +157,18 @@ def stage_sources(run: Run, stage: str, wanted: dict) -> tuple[dict, Provenance]
         sources, before, origin, where = _from_run(run, stage)
     compare_trees(sources, {name: wanted[name] for name in sources}, where)
     average = f"exponential, {config.tune.ema_factor}" if stage == "tune" else "none"
-    about = {"stage": stage, "recipe": plain(config), "trained_on": config.data.train, "average": average}
+    recipe = _without_places(plain(config))
+    about = {"stage": stage, "recipe": recipe, "trained_on": recipe["data"]["train"], "average": average}
     return sources, trained(before, origin, **about)
+
+
+def _without_places(recipe: dict) -> dict:
+    """The settings with names of files and folders in the place of their paths: weights travel, machines do not."""
+    data = {key: epath.Path(recipe["data"][key]).name if recipe["data"][key] else "" for key in ("train", "test")}
+    start = epath.Path(recipe["init_from"]).name if recipe["init_from"] else ""
+    lists = epath.Path(recipe["evaluate"]["lists"]).name if recipe["evaluate"]["lists"] else ""
+    evaluate = recipe["evaluate"] | {"lists": lists}
+    return recipe | {"init_from": start, "data": recipe["data"] | data, "evaluate": evaluate}
 
 
 def _from_run(run: Run, stage: str) -> tuple[dict, Provenance | None, dict | None, str]:

@@ -1,21 +1,21 @@
 """The encoders that a path stands for: a run, one of its stages or checkpoints, or a file in somebody's layout."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-import yaml
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maect_jax import assemble, handover
-from maect_jax.config import TRAINED, default
-from maect_jax.errors import CheckpointError, ConfigError
+from maect_jax.errors import ConfigError
 from maect_jax.evaluation.task import Weights
 from maect_jax.exchange.files import open_model
 from maect_jax.exchange.model import Model
+from maect_jax.exchange.positions import grid_of, resize
+from maect_jax.trained import Trained, run_folder, run_settings, trained_at
 from maect_jax.training.checkpoint import absolute
 
 RAW = "tune, raw"  # the tuned encoder itself, beside its moving average
@@ -60,7 +60,16 @@ def open_weights(path: str, mesh: Mesh, instead: Instead = Instead()) -> list[We
     run = run_folder(path)
     if run is None:
         return [_of_file(root, path, instead)]
-    config = run_settings(run)
+    config = settings_with(path, run_settings(run), instead)
+    return [weights for trained in trained_at(path, run, config) for weights in of_trained(config, trained, mesh, path)]
+
+
+def settings_with(path: str, config: ConfigDict, instead: Instead) -> ConfigDict:
+    """A run's settings with what is to be taken instead.
+
+    Raises:
+      ConfigError: something can not be taken instead.
+    """
     if instead.heads:
         raise ConfigError(f"--heads: '{path}' is a run, which knows its heads; leave it out")
     for section, key in ((config.model, "pooling"), (config.model, "image_size"), (config.model, "dtype")):
@@ -70,71 +79,21 @@ def open_weights(path: str, mesh: Mesh, instead: Instead = Instead()) -> list[We
         raise ConfigError(
             f"--image-size {config.model.image_size}: must be a multiple of the patch, {config.model.patch}"
         )
-    if root == run:
-        found = of_run(config, root, mesh, path)
-        if not found:
-            raise CheckpointError(f"--weights: '{path}' has no complete stage to evaluate; continue its training first")
-        return found
-    if root.parent == run:
-        if not (root / "DONE.json").exists():
-            raise CheckpointError(
-                f"--weights: the stage '{path}' is not complete; continue its training, or give a checkpoint in it, "
-                f"{root / 'checkpoints'}/<step>"
-            )
-        return of_stage(config, root, mesh, path)
-    stage, step = root.parent.parent.name, int(root.name)
-    found = _of_parts(config, stage, step, path, lambda: handover.read_step(root, mesh))
-    return [dataclasses.replace(weights, stage=f"{weights.stage} @ {step}") for weights in found]
-
-
-def run_folder(path: str) -> epath.Path | None:
-    """The work folder that a path stands in: a run, a stage of it, or a stage's checkpoint; None for anything else."""
-    root = absolute(path)
-    folders = [root]
-    if root.name in TRAINED:
-        folders.append(root.parent)
-    if root.name.isdigit() and root.parent.name == "checkpoints":
-        folders.append(root.parent.parent.parent)
-    return next((folder for folder in folders if (folder / "config.resolved.yaml").exists()), None)
-
-
-def run_settings(root: epath.Path) -> ConfigDict:
-    """The settings the run in `root` was trained with.
-
-    Raises:
-      CheckpointError: they are missing or damaged.
-    """
-    path = root / "config.resolved.yaml"
-    try:
-        config = default()
-        config.update(yaml.safe_load(path.read_text()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: can not be read ({error}); it says which model the run trained") from None
     return config
 
 
-def of_run(config: ConfigDict, workdir: epath.Path, mesh: Mesh, source: str) -> list[Weights]:
-    """The encoders of every complete stage of a run; the pre-training may lie in the run it started from."""
-    folders = handover.evaluated_folders(config, workdir)
-    return [weights for folder in folders.values() for weights in of_stage(config, folder, mesh, source)]
-
-
-def of_stage(config: ConfigDict, folder: epath.Path, mesh: Mesh, source: str) -> list[Weights]:
-    """The encoder of a complete stage; after tuning also the raw one beside its moving average."""
-    step = handover.read_done(folder)["step"]
-    return _of_parts(config, folder.name, step, source, lambda: handover.read_stage(folder, mesh)[0])
-
-
-def _of_parts(config: ConfigDict, stage: str, step: int, source: str, read: Callable[[], dict]) -> list[Weights]:
+def of_trained(config: ConfigDict, trained: Trained, mesh: Mesh, source: str) -> list[Weights]:
+    """The encoder of a stage or checkpoint; after tuning also the raw one beside its moving average."""
     encoder = assemble.build_encoder(config)
-    origin = {"source": source, "stage": stage, "step": step}
-    averaged = f"exponential, {config.tune.ema_factor}"
+    origin = {"source": source, "stage": trained.stage, "step": trained.step}
+    tuned = trained.stage == "tune"
+    averaged = f"exponential, {config.tune.ema_factor}" if tuned else "none"
 
-    def weights(name: str, average: str, load: Callable[[], dict]) -> Weights:
+    def weights(name: str, average: str, choose: Callable[[dict], dict]) -> Weights:
         return Weights(
             stage=name,
             encoder=encoder,
-            load=load,
+            load=lambda: for_grid(choose(trained.read(mesh)), encoder.grid),
             pooling=config.model.pooling,
             mean=config.data.mean,
             std=config.data.std,
@@ -144,10 +103,19 @@ def _of_parts(config: ConfigDict, stage: str, step: int, source: str, read: Call
             origin=origin | {"average": average},
         )
 
-    found = [weights(stage, averaged if stage == "tune" else "none", lambda: handover.encoder_of(read()))]
-    if stage == "tune":
-        found.append(weights(RAW, "none", lambda: handover.raw_encoder_of(read())))
+    found = [weights(trained.name, averaged, handover.encoder_of)]
+    if tuned:
+        name = RAW if trained.complete else trained.name.replace(trained.stage, RAW, 1)
+        found.append(weights(name, "none", handover.raw_encoder_of))
     return found
+
+
+def for_grid(encoder: dict, grid: int) -> dict:
+    """Encoder parameters for so many patches a side: learned positions are resized, see `exchange.positions`."""
+    table = encoder.get("pos_embed")
+    if table is None or grid_of(table) == grid:
+        return encoder
+    return encoder | {"pos_embed": resize(np.asarray(table), grid)}
 
 
 def _of_file(file: epath.Path, source: str, instead: Instead) -> Weights:

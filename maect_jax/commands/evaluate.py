@@ -18,9 +18,10 @@ from maect_jax.evaluation.task import DTYPES, PROBE_FROM, QUICK, Settings
 from maect_jax.parallel.mesh import make_mesh
 from maect_jax.report.html import write_report
 from maect_jax.terminal import use_compilation_cache
+from maect_jax.trained import run_folder, run_settings
 from maect_jax.training.checkpoint import absolute
 from maect_jax.training.stop import StopRequest
-from maect_jax.weights import Instead, open_weights, run_folder, run_settings
+from maect_jax.weights import Instead, open_weights
 
 SHARES = ("finetune_base_lr", "finetune_ema")  # numbers between 0 and 1; all others count something
 
