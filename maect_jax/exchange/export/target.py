@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
-import safetensors.numpy
 
 from maect_jax.errors import CheckpointError
 from maect_jax.exchange.model import Model
@@ -64,9 +63,21 @@ class Target(Protocol):
 
 
 def write_weights(folder: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
-    """Writes `model.safetensors`; the tensors may be views. Equal content gives equal bytes."""
-    whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    safetensors.numpy.save_file(whole, folder / WEIGHTS, {"format": "pt", **metadata})
+    """Writes float32 tensors, which may be views, as `model.safetensors`, one after the other.
+
+    Equal content gives equal bytes. The library's own writer puts the metadata in another order each time.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(({"format": "pt"} | dict(metadata)).items()))}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        start, end = end, end + 4 * tensor.size
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
+    with open(folder / WEIGHTS, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in sorted(tensors.items()):
+            file.write(np.ascontiguousarray(tensor, "<f4").data)
 
 
 def write_config(folder: Path, settings: Mapping[str, Any]) -> None:
