@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from maect_jax.exchange.model import Model
 from maect_jax.exchange.provenance import Provenance
@@ -55,6 +56,23 @@ def published_model(size: str, **changes) -> Model:
     shape = SIZES[size]
     shape = dict(width=shape.width, depth=shape.depth, heads=shape.heads, patch=shape.patch, image_size=224)
     return random_model(**shape | changes)
+
+
+def weightless_model(size: str, decoder: bool = False) -> Model:
+    """A model of a published size, decoder too, whose arrays have a shape and no memory: all values are one zero."""
+    shape = SIZES[size]
+    encoder = ViT(shape.width, shape.depth, shape.heads, shape.patch, 224)
+    values = 3 * shape.patch**2
+    half = Decoder(512, 8, 16, encoder.grid, values) if decoder else None
+    params = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), _shapes(encoder, half, values))
+    return Model(name=size, encoder=encoder, decoder=half, params=params, provenance=Provenance())
+
+
+def photograph() -> Image.Image:
+    """A picture in colour, wider than high, with slow and fast changes."""
+    rows, columns = np.mgrid[:60, :80]
+    channels = [rows * 4, columns * 3, (rows // 3 + columns // 5) % 2 * 255]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
 def _shape(*axes: int) -> jax.ShapeDtypeStruct:
