@@ -195,8 +195,8 @@ def test_header_of_the_weights_holds_the_texts(exported):
 @pytest.mark.parametrize(
     "target, changes, mend",
     [
-        (HF_VIT, {"fc_norm": True}, "no norm after its last block.*use --to timm"),
-        (HF_VITMAE, {"fc_norm": True}, "no norm after its last block.*use --to timm"),
+        (HF_VIT, {"fc_norm": True}, "no norm after its last block, .*use --to timm"),
+        (HF_VITMAE, {"fc_norm": True}, "no norm after its last block, .*use --to timm"),
         (HF_VIT, {"classes": 2, "pooling": "mean"}, "mean of the patch tokens.*use --to timm"),
         (HF_VITMAE, {"classes": 2}, "no place for the head.*use --to timm, or --to hf-vit"),
     ],
@@ -205,6 +205,16 @@ def test_what_transformers_can_not_express_is_refused_with_the_way_out(target, c
     with pytest.raises(ConfigError, match=mend) as caught:
         target.check(random_model(**changes))
     assert "\n" not in str(caught.value) and f"--to {target.name}: " in str(caught.value)
+
+
+def test_second_norm_is_refused():
+    model = random_model()
+    model = dataclasses.replace(model, params=model.params | {"fc_norm": model.params["encoder"]["norm"]})
+    for target in (HF_VIT, HF_VITMAE):
+        with pytest.raises(
+            ConfigError, match=f"--to {target.name}: 'tune' has a norm after the last block and one after"
+        ):
+            target.check(model)
 
 
 def test_folder_whose_tensors_do_not_fit_is_refused_in_one_line(tmp_path):

@@ -1,7 +1,7 @@
 """Folders for transformers: the plain ViT (`hf-vit`) and the masked autoencoder (`hf-vitmae`).
 
 Tensors have the names of transformers 4, which newer versions map to theirs while loading. Position tables are written
-even where they are fixed: models made from settings alone have zeros in their place. So is every setting that the
+even where they are fixed: models made from settings alone may have zeros in their place. So is every setting that the
 weights need, above all LayerNorm's epsilon, 1e-6, which is 1e-12 there by default.
 
 Source: transformers 4.57.1 and 5.23.0.
@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from maect_jax.errors import ConfigError
 from maect_jax.exchange.export.target import load_library, refuse_misfits, write_config, write_weights
+from maect_jax.exchange.export.timm import refuse_two_norms
 from maect_jax.exchange.mapping import to_layout
 from maect_jax.exchange.model import Model
 
@@ -24,13 +26,14 @@ class HFViT:
 
     ViTModel ends with a pooler, a linear map and tanh on the CLS token after the final norm, for which these models
     have no weights. The identity without tanh is written: `pooler_output` is the CLS token after the final norm.
+    Versions before 4.50 do not know that setting and apply tanh; the tokens are right there too.
     """
 
     name = "hf-vit"
     library = "transformers"
 
     def check(self, model: Model) -> None:
-        _refuse_unnormed(self.name, model)
+        _refuse_other_norms(self.name, model)
         if model.has_head and model.pooling != "cls":
             raise ConfigError(
                 f"--to {self.name}: the head of '{model.name}' is on the mean of the patch tokens, "
@@ -68,16 +71,19 @@ class HFViT:
     ) -> dict[str, np.ndarray]:
         network = _load("vit", "AutoModelForImageClassification" if model.has_head else "AutoModel", folder)
         torch = load_library("torch")
-        pixels_bchw = torch.from_numpy(images_bchw)
+        normed = []
         with torch.no_grad():
-            encoded = (network.vit if model.has_head else network)(pixels_bchw)
-            found = {"tokens": encoded.last_hidden_state, "features": encoded.last_hidden_state[:, 0]}
+            if model.has_head:  # its result does not hold the tokens
+                network.vit.layernorm.register_forward_hook(lambda norm, given, tokens_bnd: normed.append(tokens_bnd))
+            result = network(torch.from_numpy(images_bchw))
+            tokens_bnd = normed[0] if model.has_head else result.last_hidden_state
+            found = {"tokens": tokens_bnd, "features": tokens_bnd[:, 0]}
             if model.has_head:
-                found["logits"] = network(pixels_bchw).logits
+                found["logits"] = result.logits
             elif model.pooling == "cls":
-                found["features"] = encoded.pooler_output
+                found["features"] = result.pooler_output
             else:
-                found["features"] = encoded.last_hidden_state[:, 1:].mean(dim=1)
+                found["features"] = tokens_bnd[:, 1:].mean(dim=1)
         return {name: x.numpy() for name, x in found.items()}
 
 
@@ -92,7 +98,7 @@ class HFViTMAE:
     library = "transformers"
 
     def check(self, model: Model) -> None:
-        _refuse_unnormed(self.name, model)
+        _refuse_other_norms(self.name, model)
         if model.has_head:
             raise ConfigError(
                 f"--to {self.name}: there is no place for the head of '{model.name}'; use --to timm, or --to hf-vit "
@@ -157,12 +163,13 @@ class HFViTMAE:
         return {name: x.numpy() for name, x in found.items()}
 
 
-def _refuse_unnormed(name: str, model: Model) -> None:
+def _refuse_other_norms(name: str, model: Model) -> None:
     if not model.encoder.final_norm:
         raise ConfigError(
-            f"--to {name}: '{model.name}' has no norm after its last block but one after the mean of the patch tokens, "
-            "for which transformers has no model; use --to timm"
+            f"--to {name}: '{model.name}' has no norm after its last block, and transformers' models always have one; "
+            "use --to timm"
         )
+    refuse_two_norms(name, model)
 
 
 def _encoder_settings(model: Model) -> dict[str, Any]:
@@ -184,7 +191,7 @@ def _encoder_settings(model: Model) -> dict[str, Any]:
 
 
 def _write(model: Model, folder: Path, metadata: Mapping[str, str], layout: str, tree: dict, settings: dict) -> None:
-    tensors = to_layout(tree, layout, patch=model.encoder.patch, grid=model.encoder.grid)
+    tensors = to_layout(jax.tree.map(np.asarray, tree), layout, patch=model.encoder.patch, grid=model.encoder.grid)
     write_weights(folder, tensors, metadata)
     write_config(folder, settings)
 
@@ -213,7 +220,9 @@ def _usage(model: Model, auto: str, *lines: str) -> str:
 
 def _load(kind: str, auto: str, folder: Path) -> Any:
     """The model in a folder, quietly; CheckpointError where it does not take exactly the tensors that are there."""
-    load_library(f"transformers.models.{kind}.modeling_{kind}")  # what is wrong with it would be hidden below
+    load_library(
+        f"transformers.models.{kind}.modeling_{kind}"
+    )  # below, transformers would not say what is wrong with it
     classes = load_library("transformers.models.auto.modeling_auto")
     logging = load_library("transformers.utils.logging")
     bars = logging.is_progress_bar_enabled()
