@@ -125,10 +125,10 @@ def check_order(config: ConfigDict, workdir: epath.Path) -> list[str]:
 
 
 def _starts_from_file(config: ConfigDict, workdir: epath.Path, stage: str) -> bool:
-    """Whether `stage` starts from a weights file: one is given, and there is no earlier stage to start from."""
+    """Whether `stage` starts from a weights file: one is given, it can, and there is no earlier stage to start from."""
     before = BEFORE.get(stage)
     complete = before is not None and (workdir / before / "DONE.json").exists()
-    return not complete and foreign.is_weights_file(config.init_from)
+    return before != "head" and not complete and foreign.is_weights_file(config.init_from)
 
 
 def _source_folder(config: ConfigDict, workdir: epath.Path, before: str) -> epath.Path | None:
