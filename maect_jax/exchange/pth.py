@@ -1,14 +1,13 @@
 """PyTorch's zip files, read without PyTorch and without unpickling.
 
-`torch.save` writes a pickle that says what the file holds, and one zip member for the bytes of each storage. A pickle
-is a program; here its opcodes are walked by a machine that knows plain containers and values, ordered dictionaries and
-tensors. Every other name becomes an `Opaque`: it is neither imported nor called, and neither is anything else.
+`torch.save` writes a pickle that says what the file holds, and one zip member for the bytes of each storage. The pickle
+is walked, not run; of its calls those that make ordered dictionaries, tensors and parameters are understood, and every
+other becomes an `Opaque`.
 
-Sources: Python's documentation of `pickletools`; torch.serialization (PyTorch 1.6 to 2.13).
+Source: torch.serialization (PyTorch 1.6 to 2.13).
 """
 
 import math
-import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -19,12 +18,13 @@ import numpy as np
 
 from maect_jax.errors import CheckpointError
 from maect_jax.exchange.archive import MAGIC, Archive
+from maect_jax.exchange.pickle_machine import MAX_PICKLE, Opaque, describe, interpret
 
-_MAX_PICKLE = 1 << 24  # bytes; a training checkpoint of a ViT-H needs less than one million
-_MAX_OPS = 1_000_000
 _MAX_DEPTH = 64  # containers in containers
-_MAX_AXES = 32
+_MAX_AXES = 16
+_MAX_TENSORS = 100_000
 _MAX_SHARED = 4  # times that the tensors may exceed the bytes they are views of
+_MAX_REASON = 1_500  # characters of an error
 
 _DTYPES = {
     "torch.DoubleStorage": np.dtype("<f8"),
@@ -40,14 +40,7 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Opaque:
-    """Stands for an object that is not built; `name` is that of its class or function, such as 'argparse.Namespace'."""
-
-    name: str
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class _Storage(Opaque):
     """The bytes that tensors are views of: member data/<key>, `count` elements."""
 
@@ -56,7 +49,7 @@ class _Storage(Opaque):
     count: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class StoredTensor:
     """A tensor that has not been read; offset and strides count elements of its storage."""
 
@@ -86,18 +79,20 @@ def read_pth(path: str | PathLike, part: Callable[[dict], dict] = lambda tree: t
         with open(path, "rb") as file:
             return _read(file, part)
     except CheckpointError as error:
-        reason = error
+        reason = str(error)
     except OSError as error:
         reason = f"can not be read ({error.strerror})"
+    except MemoryError:
+        reason = "needs more memory than there is"
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         reason = f"is damaged, or no file of torch.save ({type(error).__name__}: {error})"
     raise refusal(path, reason)
 
 
 def refusal(path: str | PathLike, reason: Any) -> CheckpointError:
-    """The error in one line that begins with the file. What the file itself says of names is made printable."""
-    text = " ".join(str(reason).split())
-    return CheckpointError(f"{path}: " + "".join(c if c.isprintable() else "?" for c in text[:1500]))
+    """The error in one line that begins with the file. Names, that of the file too, are made printable."""
+    text = f"{path}: {' '.join(str(reason)[:_MAX_REASON].split())}"
+    return CheckpointError("".join(c if c.isprintable() else "?" for c in text))
 
 
 def is_pth(archive: Archive) -> bool:
@@ -119,161 +114,49 @@ def _read(file: BinaryIO, part: Callable[[dict], dict]) -> dict:
     if len(pickles) != 1:
         raise CheckpointError(f"is no file of torch.save ({len(pickles)} members data.pkl, expected one)")
     folder = pickles[0].removesuffix("data.pkl")
-    if archive.sizes[pickles[0]] > _MAX_PICKLE:
-        raise CheckpointError(f"has a pickle of {archive.sizes[pickles[0]]} bytes; at most {_MAX_PICKLE} are read")
+    if archive.sizes[pickles[0]] > MAX_PICKLE:
+        raise CheckpointError(f"has a pickle of {archive.sizes[pickles[0]]} bytes; at most {MAX_PICKLE} are read")
     order = f"{folder}byteorder"
     if archive.sizes.get(order, 6) != 6 or (order in archive.sizes and archive.read(order) != b"little"):
         raise CheckpointError("was not written on a little-endian machine; save it again on one")
-    tree = _interpret(archive.read(pickles[0]))
+    tree = interpret(archive.read(pickles[0]), _called, _storage)
     if not isinstance(tree, dict):
         raise CheckpointError(f"holds {describe(tree)}, not a dictionary; save the model's state_dict()")
     return _Reader(archive, folder).arrays(part(tree))
 
 
-def describe(value: Any) -> str:
-    """The type of a value of the tree, in quotes."""
-    return ascii((value.name if isinstance(value, Opaque) else type(value).__name__)[:80])
-
-
-# ------------------------------------------------------------------------------------------------------------- machine
-
-
-def _interpret(pickle: bytes) -> Any:
-    """What the pickle describes, tensors as `StoredTensor`. Runs nothing; an opcode that is not listed is refused."""
-    stack: list = []
-    below: list[list] = []  # the stacks under each open mark
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list:
-        nonlocal stack
-        items, stack = stack, below.pop()
-        return items
-
-    for number, (op, arg, _) in enumerate(pickletools.genops(pickle)):
-        if number >= _MAX_OPS:
-            raise CheckpointError(f"has a pickle of more than {_MAX_OPS} operations")
-        match op.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            # values
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
-                stack.append({"NONE": None, "NEWTRUE": True, "NEWFALSE": False}[op.name])
-            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "LONG4" | "BINFLOAT":
-                stack.append(arg)
-            case "BINUNICODE" | "SHORT_BINUNICODE" | "BINUNICODE8" | "BINBYTES" | "SHORT_BINBYTES" | "BINBYTES8":
-                stack.append(arg)
-            # stack and memo
-            case "MARK":
-                below.append(stack)
-                stack = []
-            case "POP":
-                stack.pop()
-            case "POP_MARK":
-                since_mark()
-            case "BINPUT" | "LONG_BINPUT":
-                memo[arg] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET":
-                stack.append(memo[arg])
-            # containers
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                items = [stack.pop() for _ in range(int(op.name[-1]))]
-                stack.append(tuple(items[::-1]))
-            case "TUPLE":
-                items = since_mark()
-                stack.append(tuple(items))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "APPEND":
-                item = stack.pop()
-                _append(stack[-1], [item])
-            case "APPENDS":
-                items = since_mark()
-                _append(stack[-1], items)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _set(stack[-1], [key, value])
-            case "SETITEMS":
-                items = since_mark()
-                _set(stack[-1], items)
-            case "EMPTY_SET":
-                stack.append(Opaque("builtins.set"))
-            case "ADDITEMS":
-                since_mark()
-            case "FROZENSET":
-                since_mark()
-                stack.append(Opaque("builtins.frozenset"))
-            # names, and what would be calls
-            case "GLOBAL":
-                stack.append(Opaque(arg.replace(" ", ".", 1)))
-            case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(Opaque(f"{_text(module)}.{_text(name)}"))
-            case "BINPERSID":
-                stack.append(_storage(stack.pop()))
-            case "REDUCE":
-                args, function = stack.pop(), stack.pop()
-                stack.append(_reduce(function, args))
-            case "NEWOBJ":
-                _, cls = stack.pop(), stack.pop()
-                stack.append(Opaque(cls.name))
-            case "NEWOBJ_EX":
-                _, _, cls = stack.pop(), stack.pop(), stack.pop()
-                stack.append(Opaque(cls.name))
-            case "BUILD":  # attributes of an object, of which there are none here
-                stack.pop()
-            case _:
-                raise CheckpointError(f"has the pickle opcode {op.name}, which torch.save does not write")
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"a name is {describe(value)}")
-    return value
-
-
-def _append(target: Any, items: list) -> None:
-    if isinstance(target, list):
-        target.extend(items)
-    elif not isinstance(target, Opaque):
-        raise TypeError(f"items for {describe(target)}")
-
-
-def _set(target: Any, items: list) -> None:
-    """Keys that are neither short values nor None become `Opaque`: hashing others can take forever."""
-    if isinstance(target, dict):
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            simple = key is None or isinstance(key, str | float) or (isinstance(key, int) and abs(key) < 1 << 63)
-            target[key if simple else Opaque(type(key).__name__)] = value
-    elif not isinstance(target, Opaque):
-        raise TypeError(f"entries for {describe(target)}")
+# ------------------------------------------------------------------------------------------------- what stands for what
 
 
 def _storage(identifier: Any) -> Opaque:
+    """A storage; a plain `Opaque` where its type is not read."""
     kind, cls, key, _, count = identifier
-    if kind != "storage" or not isinstance(cls, Opaque) or type(count) is not int:
+    if kind != "storage" or not isinstance(cls, Opaque) or not isinstance(key, str) or not _is_count(count):
         raise CheckpointError("has a persistent id that is no storage")
-    known = cls.name in _DTYPES
-    return _Storage(cls.name, _DTYPES[cls.name], _text(key), count) if known else Opaque(cls.name)
+    return _Storage(cls.name, _DTYPES[cls.name], key, count) if cls.name in _DTYPES else Opaque(cls.name)
 
 
-def _reduce(function: Any, args: Any) -> Any:
+def _called(function: Opaque, arguments: Any) -> Any:
     """The calls that are understood, done here; every other is an `Opaque` of the function's name."""
-    match function.name, args:
+    match function.name, arguments:
         case "collections.OrderedDict", ():
             return {}
         case "torch._utils._rebuild_tensor_v2", (_Storage() as storage, offset, shape, strides, bool(), _):
             return _tensor(storage, offset, shape, strides)
         case "torch._utils._rebuild_parameter", (StoredTensor() as tensor, bool(), _):
             return tensor
+        # tensors of types that are not read: their types are named
+        case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_qtensor", (Opaque() as kind, *_):
+            return Opaque(f"{function.name} of {kind.name}")
+        case "torch._utils._rebuild_tensor_v3", (_, _, _, _, _, _, Opaque() as kind, *_):
+            return Opaque(f"{function.name} of {kind.name}")
+        case "torch._utils._rebuild_parameter", (Opaque() as tensor, bool(), _) if tensor.name.startswith("torch._"):
+            return tensor
     return Opaque(function.name)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> StoredTensor:
@@ -283,11 +166,11 @@ def _tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> StoredT
       CheckpointError: it does not, or holds more elements than there are.
     """
     good = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= _MAX_AXES
-    if not good or any(type(n) is not int or not 0 <= n < 1 << 63 for n in (offset, *shape, *strides)):
+    if not good or not all(map(_is_count, (offset, *shape, *strides))):
         raise CheckpointError("has a tensor whose shape, strides or offset are no counts")
     count = math.prod(shape)
-    last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides)) if count else 0
-    if last >= max(storage.count, 1) or count > storage.count:
+    end = offset + sum((n - 1) * stride for n, stride in zip(shape, strides)) + 1 if count else 0
+    if max(count, end) > storage.count:
         raise CheckpointError(f"has a tensor of shape {shape} beyond its storage of {storage.count} elements")
     return StoredTensor(storage, offset, shape, strides)
 
@@ -301,7 +184,7 @@ class _Reader:
     def __init__(self, archive: Archive, folder: str):
         self._archive, self._folder = archive, folder
         self._content: dict[str, bytes] = {}
-        self._returned = 0  # bytes of the arrays so far
+        self._stored = self._returned = self._tensors = 0  # bytes read, bytes and number of the arrays so far
         self._walked: dict[int, Any] = {}  # by identity: the arrays of a container, None while it is being walked
 
     def arrays(self, node: Any, depth: int = 0) -> Any:
@@ -329,17 +212,20 @@ class _Reader:
 
     def _array(self, tensor: StoredTensor) -> np.ndarray:
         storage, itemsize = tensor.storage, tensor.storage.dtype.itemsize
+        self._tensors += 1
+        if self._tensors > _MAX_TENSORS:
+            raise CheckpointError(f"holds more than {_MAX_TENSORS} tensors")
         name = f"{self._folder}data/{storage.key}"
         if self._archive.sizes.get(name) != storage.count * itemsize:
             found = self._archive.sizes.get(name, "no")
             raise CheckpointError(f"has {found} bytes in {name!a}, expected {storage.count} x {itemsize}")
         if name not in self._content:
             self._content[name] = self._archive.read(name)
-        content = self._content[name]
+            self._stored += len(self._content[name])
         self._returned += math.prod(tensor.shape) * itemsize
-        if self._returned > _MAX_SHARED * sum(map(len, self._content.values())):
+        if self._returned > _MAX_SHARED * self._stored:
             raise CheckpointError("has tensors that share their bytes too often to be weights")
-        if not content:
+        if 0 in tensor.shape:
             return np.zeros(tensor.shape, storage.dtype)
         strides = [stride * itemsize for stride in tensor.strides]
-        return np.ndarray(tensor.shape, storage.dtype, content, tensor.offset * itemsize, strides)
+        return np.ndarray(tensor.shape, storage.dtype, self._content[name], tensor.offset * itemsize, strides)

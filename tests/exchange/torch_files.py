@@ -1,8 +1,13 @@
 """Files of torch.save's form, honest and hostile, and what reading them must keep to."""
 
+import contextlib
+import os
 import sys
+import tracemalloc
+import warnings
 import zipfile
 
+import numpy as np
 import pytest
 
 from maect_jax.errors import CheckpointError
@@ -27,37 +32,72 @@ def crafted(path, program: bytes, storages=None, *, packing=zipfile.ZIP_STORED, 
     return path / "crafted.pth"
 
 
-def refusal(path) -> str:
-    """The sentence with which a file is refused: one line that names it."""
+def refusal(path, read=read_pth) -> str:
+    """The sentence with which a file is refused: one line of moderate length that names it."""
     with pytest.raises(CheckpointError) as error:
-        read_pth(path)
+        read(path)
     text = str(error.value)
-    assert text.startswith(f"{path}: ") and "\n" not in text and text.isprintable()
+    assert text.startswith(f"{path}: ") and text.isprintable() and len(text) < len(str(path)) + 1600
     return text
 
 
-WATCHED = {"os.system", "subprocess.Popen", "os.posix_spawn", "os.exec", "os.fork", "pickle.find_class"}
-events: list[str] | None = None  # of Python's audit, while a test listens
+_heard: list[tuple] | None = None  # events of Python's audit, while a test listens
 
 
-def listen(event, _):
-    if events is not None and (event in WATCHED or event.startswith("socket.")):
-        events.append(event)
+def _listen(event, arguments):
+    if _heard is not None:
+        _heard.append((event, arguments))
 
 
-sys.addaudithook(listen)
+sys.addaudithook(_listen)
 
 
-def attempt(path) -> bool:
-    """Whether a hostile file was read; if not, it was refused in one line. Nothing was run or unpickled meanwhile."""
-    global events
-    events = []
+@contextlib.contextmanager
+def nothing_else(path, allowed=()):
+    """Asserts that all that Python audits inside is that `path` is opened to be read: no other file, no import, no
+    process, no socket, no compiled or executed code. Warnings are errors inside.
+    """
+    global _heard
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _heard = []
+        try:
+            yield
+        finally:
+            events, _heard = _heard, None
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    for event, arguments in events:
+        if event == "open":
+            assert arguments[0] == str(path) and not arguments[2] & writing
+        else:
+            assert event in {"builtins.id", *allowed}
+
+
+def attempt(path, read=read_pth, allowed=(), memory=1 << 24) -> bool:
+    """Whether a hostile file was read; if not, it was refused in one line.
+
+    Meanwhile it did nothing but be read, and took less than `memory` bytes.
+    """
+    started = not tracemalloc.is_tracing()
+    if started:
+        tracemalloc.start()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
     try:
-        assert isinstance(read_pth(path), dict)
-        return True
-    except CheckpointError as error:
-        assert str(error).startswith(f"{path}: ") and str(error).isprintable()
-        return False
+        with nothing_else(path, allowed):
+            try:
+                result = read(path)
+                done = True
+            except CheckpointError as error:
+                text, done = str(error), False
+        assert tracemalloc.get_traced_memory()[1] - before < memory
     finally:
-        heard, events = events, None
-        assert heard == []
+        if started:
+            tracemalloc.stop()
+    if done:
+        tree = result[0] if isinstance(result, tuple) else result
+        for value in tree.values():
+            assert not isinstance(value, np.ndarray) or len(value.tobytes()) == value.nbytes < memory
+        return True
+    assert text.startswith(f"{path}: ") and text.isprintable() and len(text) < len(str(path)) + 1600
+    return False
