@@ -8,13 +8,14 @@ import warnings
 
 import numpy as np
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
 
 from maect_jax.errors import CheckpointError, ConfigError
 from maect_jax.exchange.export.huggingface import HF_VIT, HF_VITMAE
+from maect_jax.exchange.export.package import write_package
 from maect_jax.exchange.export.proof import TOLERANCE, compare, difference, ours, pictures
 from maect_jax.models.patches import position_table
 from models import published_model, random_model
@@ -111,12 +112,10 @@ def test_outputs_are_quiet(exported, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_lines_of_the_card_run_and_give_the_models_features(exported, monkeypatch):
-    target, model, folder = exported
-    size = {"height": model.image_size, "width": model.image_size}
-    settings = {"image_processor_type": "ViTImageProcessor", "size": size, "resample": 3}
-    settings |= {"do_normalize": True, "image_mean": model.mean, "image_std": model.std}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+def test_lines_of_the_card_run_and_give_the_models_features(exported, tmp_path, monkeypatch):
+    target, model, _ = exported
+    folder = tmp_path / "export"
+    write_package(model, target, folder, prove=False)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "picture.jpg")
     monkeypatch.chdir(folder)
@@ -185,6 +184,17 @@ def test_encoder_without_decoder_masks_nothing(tmp_path):
     with torch.no_grad():
         found = load(tmp_path)[0](torch.randn(1, 3, 16, 16))
     assert found.last_hidden_state.shape == (1, 1 + 16, 48)
+
+
+def test_files_of_a_shorter_type_compute_in_float32(exported, tmp_path):
+    target, model, folder = exported
+    target.write(model, tmp_path, {})
+    file = tmp_path / "model.safetensors"
+    short = {name: tensor.bfloat16() for name, tensor in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(short, file, {"format": "pt"})
+    found = target.outputs(model, tmp_path, *pictures(model))
+    assert {x.dtype for x in found.values()} == {np.dtype("float32")}
+    assert difference(found["tokens"], target.outputs(model, folder, *pictures(model))["tokens"]) > TOLERANCE
 
 
 def test_header_of_the_weights_holds_the_texts(exported):

@@ -187,6 +187,7 @@ def _encoder_settings(model: Model) -> dict[str, Any]:
         "image_size": model.image_size,
         "patch_size": encoder.patch,
         "num_channels": model.channels,
+        "dtype": "float32",  # of the computation, also where the file is of a shorter type
     }
 
 
