@@ -1,17 +1,12 @@
 """Every test sees eight simulated CPU devices; those that need one take `jax.devices()[:1]`.
 
-Compiled programs are kept in the temporary folder, so that a second run is faster.
-
-timm and transformers import torchvision, whose own import asks for operators that its binary registers. A binary for
-another build of PyTorch than the one installed, such as CUDA's beside that for the CPU, does not load; then the two
-operators are declared. Nothing calls them.
+Compiled programs are kept in the temporary folder, so that a second run is faster. `site/sitecustomize.py` lets the
+tests, and through PYTHONPATH the processes that they start, import timm and transformers.
 """
 
 import getpass
-import importlib.abc
-import importlib.util
 import os
-import sys
+import runpy
 import tempfile
 from pathlib import Path
 
@@ -25,29 +20,6 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
-
-class TorchvisionFinder(importlib.abc.MetaPathFinder):
-    """Declares torchvision's operators when it is first looked for, so that no other test imports PyTorch."""
-
-    library = None  # holds the declarations
-
-    def find_spec(self, name, path, target=None):
-        if name == "torchvision":
-            sys.meta_path.remove(self)
-            found = importlib.util.find_spec(name)
-            if found is not None:
-                self.declare(Path(found.origin).parent)
-
-    def declare(self, folder: Path) -> None:
-        import torch
-
-        try:
-            for binary in folder.glob("_C*.so"):
-                torch.ops.load_library(binary)
-        except OSError:
-            TorchvisionFinder.library = torch.library.Library("torchvision", "FRAGMENT")
-            for operator in ("nms", "qnms"):
-                self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-
-
-sys.meta_path.insert(0, TorchvisionFinder())
+SITE = Path(__file__).parent / "site"
+os.environ["PYTHONPATH"] = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
+runpy.run_path(str(SITE / "sitecustomize.py"))
