@@ -1,9 +1,9 @@
 """python -m maect_jax COMMAND …: finds the command and runs it."""
 
-from maect_jax.commands import compare, embed, evaluate
+from maect_jax.commands import compare, convert, embed, evaluate, inspect
 from maect_jax.terminal import Parser, guard
 
-COMMANDS = {"evaluate": evaluate, "embed": embed, "compare": compare}
+COMMANDS = {"evaluate": evaluate, "embed": embed, "compare": compare, "convert": convert, "inspect": inspect}
 
 
 def main(arguments: list[str]) -> int:
