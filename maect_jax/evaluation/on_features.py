@@ -7,6 +7,7 @@ import numpy as np
 
 from maect_jax.evaluation import knn, labelled, retrieval
 from maect_jax.evaluation.clustering import cluster
+from maect_jax.evaluation.kept_heads import keep_probe
 from maect_jax.evaluation.presets import presets
 from maect_jax.evaluation.probes import linear, linear_heads, linear_images, logistic, ridge
 from maect_jax.evaluation.splits import SplitScores
@@ -85,6 +86,7 @@ def linear_probe(task: Task) -> Iterator[Measurement]:
             found = linear.evaluate_linear(
                 vectors[0], train.labels, vectors[1], test.labels, len(task.classes), **common
             )
+        keep_probe(task, name, found)
         yield from _of_probe(task, name, found)
 
 

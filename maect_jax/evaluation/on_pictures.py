@@ -12,6 +12,7 @@ import numpy as np
 from maect_jax.data.augment import normalise
 from maect_jax.evaluation import figures, health, labelled, views
 from maect_jax.evaluation import robustness as other_sets
+from maect_jax.evaluation.kept_heads import keep_finetuning
 from maect_jax.evaluation.presets import presets
 from maect_jax.evaluation.retrieval import confusion_matrix
 from maect_jax.evaluation.task import SEED, Measurement, Task, data_hash
@@ -91,6 +92,7 @@ def finetune(task: Task) -> Iterator[Measurement]:
             workers=settings.workers,
             evaluation_batch=settings.batch,
         )
+        keep_finetuning(task, name, found)
         yield from _of_finetuning(task, name, split, found)
 
 
