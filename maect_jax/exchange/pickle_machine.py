@@ -18,9 +18,9 @@ from typing import Any
 
 from maect_jax.errors import CheckpointError
 
-MAX_PICKLE = 1 << 23  # bytes; a training checkpoint of a ViT-H with its average needs 230,000
+MAX_PICKLE = 1 << 24  # bytes; a training checkpoint of a ViT-H with its average needs 230,000
 _MAX_OPS = 500_000  # that needs 83,000
-_MAX_TEXT = 1 << 20  # characters or bytes
+_MAX_TEXT = 1 << 22  # characters; NumPy's arrays are text in pickles of old protocols
 _MAX_NAME = 250  # characters: names are joined, so that long ones would multiply
 _MAX_KEY = 1_000  # characters
 _MAX_NUMBERED = 20_000  # entries under numbers: unlike text's, their hashes can be chosen so that all fall together
@@ -96,9 +96,9 @@ class _Machine:
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
-    def push_text(self, value: str | bytes) -> None:
+    def push_text(self, value: str) -> None:
         if len(value) > _MAX_TEXT:
-            raise CheckpointError(f"has a text of length {len(value)} in its pickle; at most {_MAX_TEXT} is read")
+            raise CheckpointError(f"has a text of {len(value)} characters in its pickle; at most {_MAX_TEXT} are read")
         self.push(value)
 
     def push_name(self, parts: list) -> None:
@@ -126,7 +126,9 @@ class _Machine:
         """In a list, as objects are numbered one by one: in a dictionary, numbers could be chosen to collide."""
         index = len(self._memo) if index is None else index
         if index > len(self._memo):
-            raise CheckpointError(f"has a pickle that numbers its objects out of order, {index} before {len(self._memo)}")
+            raise CheckpointError(
+                f"has a pickle that numbers its objects out of order, {index} before {len(self._memo)}"
+            )
         self._memo[index : index + 1] = [self.stack[-1]]
 
     def recall(self, index: int) -> None:
@@ -186,15 +188,17 @@ def _named(function: Any) -> Opaque:
     return function
 
 
-_VALUES = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
-_TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8")
+_NUMBERS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT")
+_BYTES = ("BINBYTES", "SHORT_BINBYTES", "BINBYTES8")
+_TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8")
 _STEPS: dict[str, Callable[[_Machine, Any], Any]] = {
     **dict.fromkeys(("PROTO", "FRAME", "STOP"), lambda machine, _: None),
     # values
     "NONE": lambda machine, _: machine.push(None),
     "NEWTRUE": lambda machine, _: machine.push(True),
     "NEWFALSE": lambda machine, _: machine.push(False),
-    **dict.fromkeys(_VALUES, _Machine.push),
+    **dict.fromkeys((*_NUMBERS, *_BYTES), _Machine.push),
+    "BYTEARRAY8": lambda machine, value: machine.push(bytes(value)),
     **dict.fromkeys(_TEXTS, _Machine.push_text),
     # stack and memo
     "MARK": lambda machine, _: machine.mark(),

@@ -94,8 +94,8 @@ def greedy_programs() -> dict[str, tuple[bytes, str]]:
             held(word("a" * (1 << 19)) + b"q\0" + word("b" * (1 << 19)) + b"q\1" + b"h\0h\1\x93" * 150_000),
             "a name that is no text of 1 to 250",
         ),
-        "one long text": (held(word(b"a" * (1 << 22) + "\U0001f600".encode())), "a text of length 4194305"),
-        "texts": (held(word(b"a" * ((1 << 20) - 1) + "\U0001f600".encode()) * 7), ""),
+        "one long text": (held(word(b"a" * (1 << 22) + "\U0001f600".encode())), "a text of 4194305 characters"),
+        "texts": (held(word(b"a" * ((1 << 22) - 1) + "\U0001f600".encode()) * 3), ""),
         "long keys": (keyed(*(word(f"{i:0100000}") + b"N" for i in range(70))), ""),
         "keys": (keyed(*(word(f"{i}") + b"N" for i in range(120_000))), ""),
         "objects": (

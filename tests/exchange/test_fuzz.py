@@ -23,7 +23,7 @@ from maect_jax.exchange.tensors import read_tensors
 from torch_files import attempt, crafted, torch
 
 WEIGHTS = {"blocks.0.w": np.arange(12, dtype="<f4").reshape(3, 4), "b": np.ones(3, "<f2"), "n": np.array(7)}
-READERS = {"pth": (read_pth, ()), "safetensors": (read_tensors, ())}
+READERS = {"pth": (read_pth, ()), "tensors of pth": (read_tensors, ()), "safetensors": (read_tensors, ())}
 # NumPy's reader parses a header with `ast.literal_eval`, which compiles it and executes nothing
 READERS |= dict.fromkeys(["npz", "packed npz"], (read_tensors, ("compile",)))
 
@@ -31,7 +31,7 @@ READERS |= dict.fromkeys(["npz", "packed npz"], (read_tensors, ("compile",)))
 def honest(kind: str) -> bytes:
     """A small weights file."""
     stream = io.BytesIO()
-    if kind == "pth":
+    if kind.endswith("pth"):
         state = {name: torch.tensor(x) for name, x in WEIGHTS.items()} | {"v": torch.ones(4, 3).bfloat16().T}
         torch.save(
             {"model": state, "epoch": 3, "args": {"lr": 1e-3, "betas": (0.9, 0.95)}, "size": torch.Size([1])}, stream
@@ -100,7 +100,7 @@ def test_changed_files(kind, tmp_path):
         path.write_bytes(changed(content, edits))
         return attempt(path, read, allowed)
 
-    holds(is_read, changes(len(content)), 250)
+    holds(is_read, changes(len(content)), 150)
 
 
 def test_changed_pickles(tmp_path):
@@ -109,7 +109,7 @@ def test_changed_pickles(tmp_path):
     program = parts.pop("data.pkl")
     storages = {name.removeprefix("data/"): part for name, part in parts.items() if name.startswith("data/")}
     assert attempt(crafted(tmp_path, program, storages))
-    holds(lambda edits: attempt(crafted(tmp_path, changed(program, edits), storages)), changes(len(program)), 400)
+    holds(lambda edits: attempt(crafted(tmp_path, changed(program, edits), storages)), changes(len(program)), 250)
 
 
 def written_opcodes() -> list[pickletools.OpcodeInfo]:
@@ -166,7 +166,7 @@ def test_random_programs(tmp_path):
     written = operations(written_opcodes())
     part = st.one_of(common, written, written, operations(pickletools.opcodes))
     programs = st.tuples(st.lists(part, max_size=12), st.sampled_from([b"", b"h\0", b"h\0"]))
-    holds(lambda p: attempt(crafted(tmp_path, objects + b"".join(p[0]) + p[1] + b".", {"0": six})), programs, 500)
+    holds(lambda p: attempt(crafted(tmp_path, objects + b"".join(p[0]) + p[1] + b".", {"0": six})), programs, 300)
 
 
 def test_changed_fields_of_zip_files(tmp_path):
@@ -194,7 +194,7 @@ def test_changed_fields_of_zip_files(tmp_path):
         path.write_bytes(edited)
         return attempt(path)
 
-    holds(is_read, st.lists(st.tuples(st.sampled_from(fields), number), min_size=1, max_size=3), 300)
+    holds(is_read, st.lists(st.tuples(st.sampled_from(fields), number), min_size=1, max_size=3), 200)
 
 
 def test_changed_arrays_in_npz_files(tmp_path):
@@ -225,7 +225,7 @@ def test_changed_arrays_in_npz_files(tmp_path):
             archive.writestr("w.npy", header + content[len(header) :])
         return attempt(path, *READERS["npz"])
 
-    holds(is_read, st.one_of(replaced, flipped), 250)
+    holds(is_read, st.one_of(replaced, flipped), 150)
 
 
 def test_made_up_headers_of_safetensors_files(tmp_path):
@@ -251,4 +251,4 @@ def test_made_up_headers_of_safetensors_files(tmp_path):
         path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(24 if len(header) > 70 else 12))
         return attempt(path, read_tensors)
 
-    holds(is_read, headers, 250)
+    holds(is_read, headers, 150)
