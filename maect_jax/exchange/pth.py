@@ -22,7 +22,7 @@ from maect_jax.exchange.pickle_machine import MAX_PICKLE, Opaque, describe, inte
 
 _MAX_DEPTH = 64  # containers in containers
 _MAX_AXES = 16
-_MAX_TENSORS = 100_000
+_MAX_TENSORS = 20_000  # a training checkpoint of a ViT-H with its average has 3,000
 _MAX_SHARED = 4  # times that the tensors may exceed the bytes they are views of
 _MAX_REASON = 1_500  # characters of an error
 

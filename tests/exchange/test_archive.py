@@ -11,7 +11,7 @@ import zlib
 
 import numpy as np
 import pytest
-from hostile import directory, local, quoting_bomb, tensor, with_directory
+from hostile import directory, directory_end, local, quoting_bomb, tensor, with_directory
 
 from maect_jax.errors import CheckpointError
 from maect_jax.exchange.archive import Archive
@@ -71,6 +71,19 @@ def test_large_sizes_are_found_in_the_extra_field(tmp_path):
         (b"\1\0\xff" * 8, "breaks off"),
     ):
         assert why in bounded_refusal(written(tmp_path, body + entry + extra + end))
+
+
+def test_members_beyond_four_gigabytes_are_found(tmp_path):
+    """In a sparse file. A training checkpoint of a ViT-H is twice as large."""
+    start, numbers = 5 << 30, (0, zlib.crc32(SIX), 24, 24)
+    member = local(b"a/b", *numbers) + SIX
+    entry = bytearray(directory([(b"a/b", *numbers, 0xFFFFFFFF)])) + struct.pack("<2HQ", 1, 8, start)
+    entry[30:32] = struct.pack("<H", 12)
+    with open(tmp_path / "x", "wb") as file:
+        file.write(local(b"a/c", *numbers) + SIX)
+        file.seek(start)
+        file.write(member + directory_end(1, entry, start + len(member)))
+    assert opened(tmp_path / "x", "a/b") == SIX
 
 
 def test_bombs_are_refused_before_they_unpack(tmp_path):
