@@ -10,6 +10,7 @@ import numpy as np
 
 from maect_jax.exchange.beside import NOTE, Said, _parsed, said
 from maect_jax.exchange.files import _hashes, _provenance, _published_pooling, _with_published_heads, find_file
+from maect_jax.exchange.heads import PROBE_TENSORS
 from maect_jax.exchange.layouts import ENCODERS, LAYOUTS, WITHOUT_CLASS_ROW
 from maect_jax.exchange.mapping import misfits
 from maect_jax.exchange.positions import is_fixed
@@ -20,7 +21,6 @@ from maect_jax.inspection.shapes import Shape, read_shapes, read_some
 from maect_jax.models.vit import ViT
 
 _REAL = ("float64", "float32", "float16", "bfloat16")
-_KEPT_PROBE = {"mean": 1, "var": 1, "kernel": 2, "bias": 1}  # axes; as evaluations here keep their linear probes
 
 
 def file_facts(path: str) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def file_facts(path: str) -> dict[str, Any]:
     differences = {layout: misfits(shapes, layout) for layout in LAYOUTS}
     counts = {layout: sum(map(len, lists.values())) for layout, lists in differences.items()}
     fitting = [layout for layout, count in counts.items() if not count]
-    kept = {name: len(shape.shape) for name, shape in shapes.items()} == _KEPT_PROBE
+    kept = shapes.keys() == set(PROBE_TENSORS) and len(shapes["kernel"].shape) == 2
     fitting = ["maect_jax_probe"] if kept else fitting
     found: dict[str, Any] = {"layout": fitting[0] if fitting else None, "same_as": fitting[1:]}
     provenance = _without_encoder(facts, found["layout"])
@@ -83,7 +83,7 @@ def _without_encoder(facts: Said, layout: str | None) -> Provenance:
 def _head_facts(tree: dict, facts: Said) -> dict[str, Any]:
     """Of a linear probe or an NNCLR head."""
     if "probe" in tree:
-        found = {"kind": "linear probe", "head": _classifier_facts(tree["probe"], facts)}
+        found = {"kind": "linear probe", "head": classifier_facts(tree["probe"], facts)}
     else:
         projector = tree["params"]["projector"]
         width, hidden = projector["linear0"]["kernel"].shape
@@ -98,7 +98,7 @@ def _head_facts(tree: dict, facts: Said) -> dict[str, Any]:
     return found | {"parameters": parameter_counts(tree)}
 
 
-def _classifier_facts(head: dict, facts: Said) -> dict[str, Any]:
+def classifier_facts(head: dict, facts: Said) -> dict[str, Any]:
     """Classes of a linear head, and their names where there are as many."""
     width, classes = head["kernel"].shape
     names = facts.classes or ()
@@ -129,7 +129,7 @@ def _model_facts(file: Path, shapes: Mapping[str, Shape], layout: str, facts: Sa
         if "decoder" in learned:
             problems.append("its decoder's positions are not the fixed sine-cosine table")
     if "head" in tree:
-        found |= {"kind": "classifier", "head": _classifier_facts(tree["head"], facts)}
+        found |= {"kind": "classifier", "head": classifier_facts(tree["head"], facts)}
     for part in (found["encoder"], found.get("decoder", {})):
         if part and part["mlp_width"] % part["width"]:
             problems.append(f"an MLP of {part['mlp_width']} channels in blocks of {part['width']}")

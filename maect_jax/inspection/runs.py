@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,9 +13,11 @@ from ml_collections import ConfigDict
 from maect_jax import assemble, handover
 from maect_jax.config import TRAINED, default
 from maect_jax.errors import CheckpointError
+from maect_jax.exchange.beside import NOTE, _text, said
+from maect_jax.exchange.heads import CLASSIFIER
 from maect_jax.exchange.provenance import from_dict
 from maect_jax.inspection.architecture import decoder_facts, encoder_facts, parameter_counts
-from maect_jax.inspection.files import provenance_facts
+from maect_jax.inspection.files import classifier_facts, provenance_facts
 from maect_jax.inspection.shapes import Shape, shape_of
 from maect_jax.models.vit import join_blocks
 from maect_jax.parallel.mesh import make_mesh
@@ -72,6 +75,9 @@ def checkpoint_facts(folder: epath.Path) -> dict[str, Any]:
         found["weights_sha256"] = done.get("weights")
     with suppress(*_OTHERWISE):  # a state that is not as ours: its tensors tell what it is
         found |= _model_facts(tree, _settings(folder, provenance["recipe"]))
+        if "head" in tree["params"]:
+            note = said(Path(folder), {NOTE: _text(Path(folder.parent.parent / CLASSIFIER))})
+            found["head"] = classifier_facts(tree["params"]["head"], note)
     leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
     if provenance["average"] is None:
         provenance["average"] = "exponential" if "ema" in tree else "none"
@@ -90,7 +96,7 @@ def _stage_row(folder: epath.Path) -> dict[str, Any]:
 
 
 def _model_facts(tree: dict, config: ConfigDict | None) -> dict[str, Any]:
-    """Encoder, and decoder and head where there are, in the state of a stage or a fine-tuning."""
+    """Encoder, and decoder where there is one, in the state of a stage or a fine-tuning."""
     params = tree["params"]
     parts = [part["encoder"] for part in (params, tree.get("frozen", {})) if "encoder" in part]
     encoder = jax.eval_shape(join_blocks, *parts) if len(parts) == 2 else parts[0]
@@ -99,9 +105,6 @@ def _model_facts(tree: dict, config: ConfigDict | None) -> dict[str, Any]:
     found["encoder"] |= {"heads": None, "heads_source": "unknown", "channels": None, "image_size": None}
     if "decoder" in params:
         found["decoder"] = decoder_facts(params["decoder"]) | {"heads": None, "heads_source": "unknown"}
-    if "head" in params:
-        width, classes = params["head"]["kernel"].shape
-        found["head"] = {"width": width, "classes": classes, "names": ()}
     found["parameters"] = parameter_counts({"encoder": encoder} | {k: v for k, v in params.items() if k != "encoder"})
     if config:
         _add_settings(found, config)
@@ -116,7 +119,7 @@ def _add_settings(found: dict[str, Any], config: ConfigDict) -> None:
     settings = {"heads_source": "settings"}
     found["encoder"] |= settings | {key: model[key] for key in ("heads", "channels", "image_size")}
     found["pictures"] = {"mean": data.mean, "std": data.std, "resize_ratio": data.resize_ratio}
-    if "head" not in found:
+    if "head" not in found["parameters"]:  # a fine-tuning has a feature of its own
         found["pooling"] = model.pooling
     if "decoder" in found:
         pixels = {"normalised_pixels": config.pretrain.normalise_pixels}
