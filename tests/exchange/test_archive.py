@@ -87,15 +87,28 @@ def test_members_beyond_four_gigabytes_are_found(tmp_path):
 
 
 def test_bombs_are_refused_before_they_unpack(tmp_path):
-    zeros, count = bytes(1 << 26), 1 << 24
-    bomb = crafted(tmp_path, tensor(0, (count,), (1,), count), {"0": zeros}, packing=zipfile.ZIP_DEFLATED)
+    zeros, small = bytes(1 << 26), 1 << 20
+    bomb = crafted(tmp_path, tensor(0, (small // 4,), (1,), small // 4), {"0": zeros}, packing=zipfile.ZIP_DEFLATED)
     assert "bytes of content in a file of" in bounded_refusal(bomb)
     content = bomb.read_bytes()
-    lying = content.replace(struct.pack("<I", 1 << 26), struct.pack("<I", 1 << 20))
+    lying = content.replace(struct.pack("<I", len(zeros)), struct.pack("<I", small))
     assert lying != content
     path = written(tmp_path, lying)  # a small size is declared, and the content is as large as before
-    with pytest.raises(CheckpointError, match="does not unpack to the 1048576 bytes declared"):
-        opened(path, "archive/data/0")
+    assert "does not unpack to the 1048576 bytes declared" in bounded_refusal(path)
+
+
+def test_packed_members_end_where_they_should(tmp_path):
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    begun = packer.compress(SIX) + packer.flush(zlib.Z_SYNC_FLUSH)
+    whole = begun + packer.flush()
+    for packed, good in ((whole, True), (begun, False), (whole + b"more", False)):
+        numbers = (8, zlib.crc32(SIX), len(packed), 24)
+        path = written(tmp_path, with_directory(local(b"a", *numbers) + packed, [(b"a", *numbers, 0)]))
+        if good:
+            assert opened(path, "a") == SIX
+        else:
+            with pytest.raises(CheckpointError, match="does not unpack to the 24 bytes declared"):
+                opened(path, "a")
 
 
 def test_bombs_whose_members_quote_each_other_are_refused(tmp_path):
