@@ -139,6 +139,12 @@ def test_norms_divide_as_ours_do(timm):
     assert epsilons == [1e-6] * 5  # two blocks, one after pooling
 
 
+def test_a_narrower_mlp_is_one_of_the_arguments(timm):
+    model = random_model()
+    module = empty_module(replace(model, encoder=model.encoder.clone(mlp_ratio=2)))
+    assert module.blocks[0].mlp.fc1.weight.shape == (96, 48)
+
+
 def test_a_mask_token_is_never_written(tmp_path):
     folder = written(random_model(decoder=True), tmp_path)
     assert not [name for name in load_file(folder / "model.safetensors") if name.startswith(("mask", "decoder"))]
