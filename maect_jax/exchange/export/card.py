@@ -208,7 +208,10 @@ def _value(entry: Entry) -> str:
 
 def _settings(recipe: dict[str, Any]) -> str:
     """The recipe as YAML of ASCII letters, '' where none is known."""
-    text = yaml.safe_dump(json.loads(json.dumps(recipe, default=str)), sort_keys=False) if recipe else ""
+    try:
+        text = yaml.safe_dump(json.loads(json.dumps(recipe, default=str)), sort_keys=False) if recipe else ""
+    except RecursionError:
+        text = "# nested too deeply to be shown\n"
     return text if len(text) <= _MAX_SETTINGS else f"{text[:_MAX_SETTINGS]}\n# shortened\n"
 
 

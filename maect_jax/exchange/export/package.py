@@ -67,7 +67,7 @@ def write_package(
     with TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as temporary:
         folder = Path(temporary) / place.name
         folder.mkdir()
-        target.write(rounded, folder, {NOTE: note_of(model)})
+        target.write(rounded, folder, {NOTE: _note(model)})
         (folder / card.PREPROCESSOR).write_text(json.dumps(_preprocessing(model), indent=2) + "\n")
         if prove:
             say(f"running what is written by {target.library}, and our model")
@@ -79,6 +79,14 @@ def write_package(
         (folder / card.CARD).write_text(text, encoding="utf-8")
         folder.rename(place)
     return proof
+
+
+def _note(model: Model) -> str:
+    """Our own note for the header."""
+    try:
+        return note_of(model)
+    except RecursionError:  # what somebody's file says of itself
+        raise CheckpointError(f"'{model.name}': the recipe that its file holds is nested too deeply") from None
 
 
 def _check_dtype(target: Target, dtype: str) -> None:
@@ -142,7 +150,8 @@ def _rounded(model: Model, dtype: str) -> Model:
 def _preprocessing(model: Model) -> dict[str, Any]:
     """Settings of transformers' processor that cuts out the central crop; ViT's own squeezes the picture.
 
-    The name with 'Fast' is the one under which versions 4 and 5 load it without a warning, for grey pictures too.
+    The name with 'Fast' is the one under which versions 4 and 5 load it without a warning, for grey pictures too. Where
+    an odd number of pixels is cut off, its crop may lie one pixel beside ours.
     """
     return {
         "image_processor_type": "CLIPImageProcessorFast",
