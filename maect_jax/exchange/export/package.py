@@ -115,11 +115,15 @@ def _free_place(out: Path) -> Path:
 
 
 def _what_is_written(model: Model, target: Target) -> Model:
-    """The model without what the target leaves out, so that the files say of themselves what they hold."""
+    """The model without what the target leaves out, so that the files say of themselves what they hold.
+
+    Names of classes are as they are read from a file; see `beside`.
+    """
     if target.name not in _WITH_DECODER:
         params = {name: part for name, part in model.params.items() if name != "decoder"}
         model = replace(model, decoder=None, params=params)
-    return model if model.has_head else replace(model, classes=())
+    names = model.classes if model.has_head else ()
+    return replace(model, classes=tuple("".join(c if c.isprintable() else "?" for c in name[:200]) for name in names))
 
 
 def _rounded(model: Model, dtype: str) -> Model:
