@@ -17,7 +17,8 @@ TESTS = Path(__file__).with_name("test_export_huggingface.py")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(BESIDE)}
+    places = [str(BESIDE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places)}
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
