@@ -39,7 +39,7 @@ _LICENSES = """
     lppl-1.3c mit mpl-2.0 ms-pl ncsa ofl-1.1 osl-3.0 postgresql unknown unlicense wtfpl zlib
 """  # those that the Hub knows by these names; hub/repositories-licenses in its documentation
 _RUN_BY = {"timm": ("timm", "torch"), "pytorch": ("timm", "torch"), "transformers": ("transformers", "torch")}
-_MAX_TEXT, _MAX_SETTINGS, _MAX_CLASSES = 300, 20_000, 1000
+_MAX_TEXT, _MAX_SETTINGS, _MAX_CLASSES, _MAX_STEPS = 300, 20_000, 1000, 100
 
 
 def render(
@@ -83,7 +83,7 @@ def render(
         preprocessor=PREPROCESSOR,
         rows=_rows(entries),
         settings=_settings(origin.recipe),
-        steps=[_step(step) for step in origin.derived_from],
+        steps=[_step(step) for step in origin.derived_from[:_MAX_STEPS]],
         files=[(path.name, f"{path.stat().st_size:,}", sha256_of(path)) for path in sorted(folder.iterdir())],
         proof=proof,
         reason=_without_paths(proof.reason),
@@ -208,11 +208,13 @@ def _value(entry: Entry) -> str:
 
 def _settings(recipe: dict[str, Any]) -> str:
     """The recipe as YAML of ASCII letters, '' where none is known."""
+    if not recipe:
+        return ""
     try:
-        text = yaml.safe_dump(json.loads(json.dumps(recipe, default=str)), sort_keys=False) if recipe else ""
+        text = json.dumps(recipe, default=str)
+        return yaml.safe_dump(json.loads(text), sort_keys=False) if len(text) <= _MAX_SETTINGS else "# too long\n"
     except RecursionError:
-        text = "# nested too deeply to be shown\n"
-    return text if len(text) <= _MAX_SETTINGS else f"{text[:_MAX_SETTINGS]}\n# shortened\n"
+        return "# nested too deeply\n"
 
 
 def _step(step: dict[str, Any]) -> list[str]:
