@@ -154,7 +154,7 @@ def test_pictures_are_prepared_as_ours(timm, tmp_path):
     facts = dict(mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), resize_ratio=1.3, classes=2)
     settings = settings_of(written(random_model(image_size=20, **facts), tmp_path))
     found = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}"))
-    assert found["input_size"] == (3, 20, 20)
+    assert tuple(found["input_size"]) == (3, 20, 20)
     assert (tuple(found["mean"]), tuple(found["std"])) == (facts["mean"], facts["std"])
     assert found["interpolation"] == "bicubic"
     resize, crop, *_ = timm.data.create_transform(**found).transforms

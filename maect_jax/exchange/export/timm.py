@@ -82,9 +82,7 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
     def outputs(
         self, model: Model, folder: Path, images_bchw: np.ndarray, noise_bn: np.ndarray
     ) -> dict[str, np.ndarray]:
-        timm, torch = load_library("timm"), load_library("torch")
-        with torch.device("meta"):  # no memory, no random start
-            module = timm.create_model(f"local-dir:{folder}")
+        torch, module = load_library("torch"), _create(f"local-dir:{folder}")
         load_strictly(module, read_file(folder))
         with torch.inference_mode():
             found = encode(module, torch.from_numpy(images_bchw), model.has_head)
@@ -186,11 +184,19 @@ tokens = model.forward_features(image)  # [1, {1 + model.encoder.grid**2}, {widt
 
 
 def empty_module(model: Model, **more: Any) -> Any:
-    """timm's model of this architecture, without memory for its tensors; `more` are further arguments."""
-    timm, torch = load_library("timm"), load_library("torch")
+    """timm's model of this architecture, without values; `more` are further arguments."""
     architecture, arguments = architecture_of(model)
-    with torch.device("meta"):
-        return timm.create_model(architecture, num_classes=classes_of(model), **arguments, **more)
+    return _create(architecture, num_classes=classes_of(model), **arguments, **more)
+
+
+def _create(name: str, **arguments: Any) -> Any:
+    """timm's model without memory for its tensors and without their random start, where timm can leave them out."""
+    timm, torch = load_library("timm"), load_library("torch")
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, **arguments)
+    except RuntimeError:  # older versions look at values while they build: "Tensor.item() cannot be called on meta"
+        return timm.create_model(name, **arguments)
 
 
 def read_file(folder: Path) -> dict[str, Any]:
