@@ -5,8 +5,9 @@ tests, and through PYTHONPATH the processes that they start, import timm and tra
 """
 
 import getpass
+import importlib
 import os
-import runpy
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,4 +23,5 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 SITE = Path(__file__).parent / "site"
 os.environ["PYTHONPATH"] = os.pathsep.join([str(SITE), *filter(None, [os.environ.get("PYTHONPATH")])])
-runpy.run_path(str(SITE / "sitecustomize.py"))
+sys.path.insert(0, str(SITE))
+importlib.import_module("torchvision_finder")
