@@ -98,5 +98,6 @@ def run_settings(root: epath.Path) -> ConfigDict:
         config = default()
         config.update(yaml.safe_load(path.read_text()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: can not be read ({error}); it says which model the run trained") from None
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path}: can not be read ({reason}); it says which model the run trained") from None
     return config

@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_reading(parser)
     parser.add_argument("--decoder-heads", type=int, metavar="N", help="of a decoder in a file, as --heads")
     parser.add_argument("--license", metavar="ID", default="", help="that you state for these weights (SPDX)")
-    parser.add_argument("--license-reason", metavar="TEXT", default="", help="why you may; needed to state a looser one")
+    parser.add_argument(
+        "--license-reason", metavar="TEXT", default="", help="why you may; needed to state a looser one"
+    )
     parser.add_argument("--no-proof", action="store_true", help="do not run the written model")
 
 

@@ -18,6 +18,7 @@ from maect_jax.exchange.provenance import Provenance
 NOTE = "maect_jax"  # key in the header
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # those that a config.json beside them speaks of
 _MAX_TEXT = 1 << 24  # bytes
+_MAX_DEPTH = 32  # objects in objects
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def said(path: Path, notes: dict[str, Any]) -> Said:
     Args:
       notes: of the file itself, from `tensors.read_notes`.
     """
-    own = _parsed(notes.get(NOTE))
+    own = parsed(notes.get(NOTE))
     found = _checked(own)
     if isinstance(own.get("provenance"), dict):
         found = replace(found, provenance=provenance.from_dict(own["provenance"]))
@@ -136,23 +137,31 @@ def _first(found: Said, further: Said) -> Said:
 
 def _card_license(path: Path) -> str | None:
     """The licence in the head of a model card."""
-    front = re.match(r"---\n(.*?)\n---", _text(path), re.DOTALL)
+    front = re.match(r"---\n(.*?)\n---", read_text(path), re.DOTALL)
     found = re.search(r"^license:[ \t]*(\S.*)$", front[1], re.MULTILINE) if front else None
     return _printable(found[1].strip("'\" ")) if found else None
 
 
 def _read_json(path: Path) -> dict:
-    return _parsed(_text(path))
+    return parsed(read_text(path))
 
 
-def _parsed(text: Any) -> dict:
+def parsed(text: Any) -> dict:
+    """A JSON object of bounded size and depth; {} for anything else."""
     try:
-        return _dict(json.loads(text)) if isinstance(text, str) and len(text) <= _MAX_TEXT else {}
+        found = json.loads(text) if isinstance(text, str) and len(text) <= _MAX_TEXT else {}
     except (ValueError, RecursionError):
         return {}
+    return _dict(found) if _is_shallow(found) else {}
 
 
-def _text(path: Path) -> str:
+def _is_shallow(value: Any, levels: int = _MAX_DEPTH) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in inner)
+
+
+def read_text(path: Path) -> str:
+    """Content of a file of bounded size; '' where there is none."""
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_TEXT + 1)

@@ -111,7 +111,7 @@ def open_model(
         del tree["pooler"]
         changes["pooler"] = "its map after the CLS token (pooler) is left out: no feature here is made with it"
     notes = read_notes(path)
-    facts = _with_published_heads(said(path, notes), width, tree)
+    facts = with_published_heads(said(path, notes), width, tree)
     if _resized(path, tree["encoder"], patch, grid, image_size):
         changes["positions"] = f"learned positions resized from {grid} x {grid}: {positions.RESIZED}"
     encoder = ViT(
@@ -125,14 +125,14 @@ def open_model(
         final_norm="norm" in tree["encoder"],
     )
     decoder = _decoder(path, tree, encoder, channels, facts.decoder_heads if decoder_heads is None else decoder_heads)
-    sha256, md5 = _hashes(path)
+    sha256, md5 = hashes(path)
     model = Model(
         name=path.stem if path.stem not in ("model", "pytorch_model") else path.parent.name,
         encoder=encoder,
         params=tree,
-        provenance=_provenance(path, layout, encoder, facts, notes, sha256, md5),
+        provenance=provenance_of(path, layout, encoder, facts, notes, sha256, md5),
         decoder=decoder,
-        pooling=facts.pooling or _published_pooling(layout, encoder, tree),
+        pooling=facts.pooling or published_pooling(layout, encoder, tree),
         channels=channels,
         classes=_classes(tree, facts),
         normalised_pixels=facts.normalised_pixels,
@@ -237,7 +237,7 @@ def _checked_heads(path: Path, key: str, width: int, heads: int | None) -> int:
     return heads
 
 
-def _with_published_heads(facts: Said, width: int, tree: dict) -> Said:
+def with_published_heads(facts: Said, width: int, tree: dict) -> Said:
     """Where nothing is said: one head a 64 channels (16 for the 1280 of ViT-H), 16 in a decoder of width 512."""
     published = 16 if width == 1280 else width // 64 if width % 64 == 0 else None
     of_decoder = 16 if "decoder" in tree and tree["decoder"]["predict"]["kernel"].shape[0] == 512 else None
@@ -256,7 +256,7 @@ def _decoder(path: Path, tree: dict, encoder: ViT, channels: int, heads: int | N
     return Decoder(width, _depth(tree["decoder"]), heads, encoder.grid, values, mlp_ratio=ratio)
 
 
-def _published_pooling(layout: str, encoder: ViT, tree: dict) -> str:
+def published_pooling(layout: str, encoder: ViT, tree: dict) -> str:
     """The patch mean for MAE-CT's B/16 (published so) and under an `fc_norm`, else the CLS token."""
     of_maect_base = layout == "maect_encoder" and encoder.width == 768
     return "mean" if of_maect_base or "fc_norm" in tree else "cls"
@@ -268,7 +268,7 @@ def _classes(tree: dict, facts: Said) -> tuple[str, ...]:
     return names if "head" in tree and len(names) == len(tree["head"]["bias"]) else ()
 
 
-def _hashes(path: Path) -> tuple[str, str]:
+def hashes(path: Path) -> tuple[str, str]:
     """SHA-256 and MD5 of a file, in hexadecimal; the latter is how MAE's files are published."""
     sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
     with open(path, "rb") as file:
@@ -278,7 +278,7 @@ def _hashes(path: Path) -> tuple[str, str]:
     return sha256.hexdigest(), md5.hexdigest()
 
 
-def _provenance(
+def provenance_of(
     path: Path, layout: str, encoder: ViT, facts: Said, notes: dict[str, Any], sha256: str, md5: str
 ) -> Provenance:
     """What our own note in the file says; else that the weights come from this file."""

@@ -35,7 +35,7 @@ def read_tensors(path: str | PathLike) -> tuple[dict[str, np.ndarray], str]:
     Raises:
       CheckpointError: in one line, why the file can not be read or is not safe to read.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     return {"safetensors": _read_safetensors, "torch": _read_torch, "npz": _read_npz}[kind](path), kind
 
 
@@ -46,9 +46,9 @@ def read_notes(path: str | PathLike) -> dict[str, Any]:
     Raises:
       CheckpointError: as `read_tensors`.
     """
-    kind, notes = _kind(path), {}
+    kind, notes = kind_of(path), {}
     if kind == "safetensors":
-        with _opened(path) as file:
+        with opened_safetensors(path) as file:
             notes = dict(file.metadata() or {})
     if kind == "torch":
 
@@ -64,7 +64,7 @@ def read_notes(path: str | PathLike) -> dict[str, Any]:
     return notes
 
 
-def _kind(path: str | PathLike) -> str:
+def kind_of(path: str | PathLike) -> str:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -82,12 +82,12 @@ def _kind(path: str | PathLike) -> str:
 
 
 def _read_safetensors(path: str | PathLike) -> dict[str, np.ndarray]:
-    with _opened(path) as file:
+    with opened_safetensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
 
 
 @contextmanager
-def _opened(path: str | PathLike) -> Iterator[Any]:
+def opened_safetensors(path: str | PathLike) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             yield file
@@ -96,10 +96,10 @@ def _opened(path: str | PathLike) -> Iterator[Any]:
 
 
 def _read_torch(path: str | PathLike) -> dict[str, np.ndarray]:
-    return read_pth(path, part=_state_dict)
+    return read_pth(path, part=state_dict)
 
 
-def _state_dict(tree: dict) -> dict[str, StoredTensor]:
+def state_dict(tree: dict) -> dict[str, StoredTensor]:
     """The tensors of what `torch.save` was given: those under the one known wrapper, else those of the tree itself."""
     wrappers = [name for name in _WRAPPERS if isinstance(tree.get(name), dict)]
     if len(wrappers) > 1:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from maect_jax.exchange.beside import NOTE, Said, _parsed, said
-from maect_jax.exchange.files import _hashes, _provenance, _published_pooling, _with_published_heads, find_file
+from maect_jax.exchange.beside import NOTE, Said, parsed, said
+from maect_jax.exchange.files import find_file, hashes, provenance_of, published_pooling, with_published_heads
 from maect_jax.exchange.heads import PROBE_TENSORS
 from maect_jax.exchange.layouts import ENCODERS, LAYOUTS, WITHOUT_CLASS_ROW
 from maect_jax.exchange.mapping import misfits
@@ -33,7 +33,7 @@ def file_facts(path: str) -> dict[str, Any]:
     shapes, container = read_shapes(file)
     notes = read_notes(file)
     facts = said(file, notes)
-    sha256, md5 = _hashes(file)
+    sha256, md5 = hashes(file)
     differences = {layout: misfits(shapes, layout) for layout in LAYOUTS}
     counts = {layout: sum(map(len, lists.values())) for layout, lists in differences.items()}
     fitting = [layout for layout, count in counts.items() if not count]
@@ -46,7 +46,7 @@ def file_facts(path: str) -> dict[str, Any]:
         found |= {"kind": "weights of no known layout", "differences": {"nearest": nearest} | differences[nearest]}
     elif fitting[0] in ENCODERS:
         found |= _model_facts(file, shapes, fitting[0], facts)
-        provenance = _provenance(file, fitting[0], _encoder(found["encoder"]), facts, notes, sha256, md5)
+        provenance = provenance_of(file, fitting[0], _encoder(found["encoder"]), facts, notes, sha256, md5)
     else:
         found |= _head_facts({"probe": shapes} if kept else tree_of(shapes, fitting[0]), facts)
     found |= provenance_facts(provenance)
@@ -60,7 +60,7 @@ def file_facts(path: str) -> dict[str, Any]:
 def _of_note(notes: Mapping[str, Any]) -> dict[str, Any]:
     """What our own note says beside what `said` reads: of a probe its encoder and its accuracy."""
     known = {item.name for item in fields(Said)}
-    note = _parsed(notes.get(NOTE))
+    note = parsed(notes.get(NOTE))
     return {name: value for name, value in note.items() if name not in known and isinstance(value, str | int | float)}
 
 
@@ -114,7 +114,7 @@ def _model_facts(file: Path, shapes: Mapping[str, Shape], layout: str, facts: Sa
     grid = math.isqrt(shapes[names["encoder.pos_embed"]].shape[1])  # a class row more or less rounds away
     encoder = encoder_facts(tree["encoder"], patch) | {"channels": channels, "image_size": grid * patch}
     encoder["positions"] = "learned" if "encoder" in learned else "fixed"
-    published = _with_published_heads(facts, encoder["width"], tree)
+    published = with_published_heads(facts, encoder["width"], tree)
     _add_heads(encoder, facts.heads, published.heads)
     found: dict[str, Any] = {"kind": "encoder", "encoder": encoder}
     problems = []
@@ -137,7 +137,7 @@ def _model_facts(file: Path, shapes: Mapping[str, Shape], layout: str, facts: Sa
             problems.append(f"{part['heads']} heads do not divide the width {part['width']}")
     if other := [name for name, shape in shapes.items() if shape.dtype not in _REAL]:
         problems.append(f"weights that are no real numbers: {some(other)}")
-    pooling = facts.pooling or _published_pooling(layout, _encoder(encoder), tree)
+    pooling = facts.pooling or published_pooling(layout, _encoder(encoder), tree)
     pictures = {name: getattr(facts, name) for name in ("mean", "std", "resize_ratio", "mask_ratio")}
     said_pictures = {name: value for name, value in pictures.items() if value is not None}
     counts = {"parameters": parameter_counts(tree)}

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from maect_jax import assemble, handover
 from maect_jax.config import TRAINED, default
 from maect_jax.errors import CheckpointError
-from maect_jax.exchange.beside import NOTE, _text, said
+from maect_jax.exchange.beside import NOTE, read_text, said
 from maect_jax.exchange.heads import CLASSIFIER
 from maect_jax.exchange.provenance import from_dict
 from maect_jax.inspection.architecture import decoder_facts, encoder_facts, parameter_counts
@@ -76,7 +76,7 @@ def checkpoint_facts(folder: epath.Path) -> dict[str, Any]:
     with suppress(*_OTHERWISE):  # a state that is not as ours: its tensors tell what it is
         found |= _model_facts(tree, _settings(folder, provenance["recipe"]))
         if "head" in tree["params"]:
-            note = said(Path(folder), {NOTE: _text(Path(folder.parent.parent / CLASSIFIER))})
+            note = said(Path(folder), {NOTE: read_text(Path(folder.parent.parent / CLASSIFIER))})
             found["head"] = classifier_facts(tree["params"]["head"], note)
     leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
     if provenance["average"] is None:

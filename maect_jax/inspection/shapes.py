@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from maect_jax.exchange.pth import StoredTensor, read_pth
-from maect_jax.exchange.tensors import _kind, _opened, _state_dict, read_tensors
+from maect_jax.exchange.tensors import kind_of, opened_safetensors, read_tensors, state_dict
 
 _LETTERS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "C": "complex"}  # of safetensors' types
 
@@ -45,16 +45,16 @@ def read_shapes(path: str | PathLike) -> tuple[dict[str, Shape], str]:
     Raises:
       CheckpointError: in one line, why the file can not be read or is not safe to read.
     """
-    kind, found = _kind(path), {}
+    kind, found = kind_of(path), {}
     if kind == "safetensors":
-        with _opened(path) as file:
+        with opened_safetensors(path) as file:
             for name in file.keys():  # noqa: SIM118 (not a mapping)
                 part = file.get_slice(name)
                 found[name] = _of_safetensors(part.get_shape(), part.get_dtype())
     elif kind == "torch":
 
         def collect(tree: dict) -> dict:
-            for name, tensor in _state_dict(tree).items():
+            for name, tensor in state_dict(tree).items():
                 dtype = tensor.storage.dtype
                 found[name] = Shape(tensor.shape, dtype.name, math.prod(tensor.shape) * dtype.itemsize)
             return {}
@@ -71,13 +71,13 @@ def read_some(path: str | PathLike, names: Iterable[str]) -> dict[str, np.ndarra
     Raises:
       CheckpointError: as `read_shapes`.
     """
-    kind = _kind(path)
+    kind = kind_of(path)
     if kind == "safetensors":
-        with _opened(path) as file:
+        with opened_safetensors(path) as file:
             return {name: file.get_tensor(name) for name in names}
 
     def choose(tree: dict) -> dict[str, StoredTensor]:
-        tensors = _state_dict(tree)
+        tensors = state_dict(tree)
         return {name: tensors[name] for name in names}
 
     return read_pth(path, part=choose) if kind == "torch" else {name: read_tensors(path)[0][name] for name in names}

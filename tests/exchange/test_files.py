@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from maect_jax.errors import ConfigError
 from maect_jax.exchange import positions
@@ -195,7 +196,15 @@ def test_a_folder_is_its_weights_with_what_is_said_beside_them(tree, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{", "[" * 100_000, '{"model_args": 3, "pretrained_cfg": []}', '{"num_attention_heads": 1e400}']
+    "text",
+    [
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"a":' * 500 + "1" + "}" * 500,
+        '{"model_args": 3, "pretrained_cfg": []}',
+        '{"num_attention_heads": 1e400}',
+    ],
 )
 def test_nonsense_beside_the_weights_counts_as_nothing_said(text, tree, tmp_path):
     written(tmp_path, tensors_of(tree, "timm_mae"), "safetensors").rename(tmp_path / "model.safetensors")
@@ -228,3 +237,14 @@ def test_a_folder_without_weights_or_with_split_ones_is_refused(tmp_path):
 def test_shapes_and_names_made_to_confuse_are_refused(changes, tree, tmp_path):
     path = written(tmp_path, tensors_of(tree, "timm_mae") | changes, "npz")
     assert "fits no known layout" in refusal(open_model, path, heads=2)
+
+
+def test_a_note_nested_too_deep_says_nothing(tree, tmp_path):
+    deep: dict = {}
+    for _ in range(900):
+        deep = {"recipe": deep}
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors_of(tree, "timm_mae").items()}
+    note = json.dumps({"heads": 2, "provenance": {"license": "mit", "recipe": deep}})
+    safetensors.numpy.save_file(tensors, tmp_path / "x", {"maect_jax": note})
+    model = open_model(tmp_path / "x", heads=2).model
+    assert model.provenance.license == "unknown" and model.provenance.as_dict()["recipe"] == {}

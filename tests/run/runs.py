@@ -64,6 +64,18 @@ def launch(workdir: Path, *arguments: str, config: str = TINY, devices: int = 1)
     )
 
 
+def maect(*arguments, devices: int = 1) -> subprocess.CompletedProcess:
+    """Runs `python -m maect_jax …` to the end; never raises for a non-zero status."""
+    return subprocess.run(
+        [sys.executable, "-m", "maect_jax", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
 def start(workdir: Path, *arguments: str, devices: int = 1) -> subprocess.Popen:
     """Starts in the background, for tests that send signals."""
     return subprocess.Popen(

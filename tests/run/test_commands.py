@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,21 +9,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from runs import ROOT, environment, launch, lines, make_pictures
+from runs import launch, lines, maect, make_pictures
 
 EVERY = "knn,knn_layers,retrieval,linear,logreg,ridge,cluster,health,colour,finetune,robustness,pictures"
 SHORT = ("--probe-epochs", "2", "--batch", "16", "--finetune-epochs", "2")
-
-
-def maect(*arguments, devices: int = 1) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "maect_jax", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment(devices),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
 
 
 @pytest.fixture(scope="module")
