@@ -113,8 +113,8 @@ def test_without_a_runtime_the_proof_says_so(case, monkeypatch):
     assert proof.reason.startswith("onnxruntime can not be imported")
 
 
-def test_weights_beyond_the_formats_limit_lie_in_a_second_file(onnx, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
+def test_large_weights_lie_in_a_second_file(onnx, tmp_path, monkeypatch):
+    monkeypatch.setattr("maect_jax.exchange.export.onnx._ONE_FILE", 1000)
     model = random_model(depth=1)
     written(model, tmp_path)
     moved = tmp_path.rename(tmp_path.parent / "moved")

@@ -1,7 +1,7 @@
 """ONNX: the encoder, with its classifier where there is one, as a graph that needs no Python.
 
-The graph is PyTorch's export of timm's model. A decoder is left out. Weights that do not fit into the 2 GB that the
-format allows lie in a second file.
+The graph is PyTorch's export of timm's model. A decoder is left out. Weights of more than one gigabyte lie in a second
+file: the format ends at two, and one file takes several times its size in memory to write.
 """
 
 import warnings
@@ -19,6 +19,7 @@ from maect_jax.exchange.model import Model
 GRAPH = "model.onnx"
 INPUT = "pixel_values"
 _OPERATORS = 18  # version of the operator set; every runtime of the last years has it
+_ONE_FILE = 1 << 30  # bytes of weights
 _NEEDED = ("torch", "timm", "onnx", "onnxscript")
 
 
@@ -41,8 +42,10 @@ class Onnx:
     def write(self, model: Model, folder: Path, metadata: Mapping[str, str]) -> None:
         torch, names = load_library("torch"), _outputs(model)
         module = timm.empty_module(model)
-        # copies nothing: views of the model's own arrays
-        timm.load_strictly(module, {name: torch.from_numpy(x) for name, x in timm.tensors_of(model).items()})
+        tensors = timm.tensors_of(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the arrays are read-only, and nothing writes to them
+            timm.load_strictly(module, {name: torch.from_numpy(x) for name, x in tensors.items()})  # copies nothing
 
         class Graph(torch.nn.Module):
             def __init__(self):
@@ -67,7 +70,7 @@ class Onnx:
             )
         _strip(program.model)
         program.model.metadata_props.update({name: text for name, text in metadata.items() if name != "format"})
-        program.save(folder / GRAPH)
+        program.save(folder / GRAPH, external_data=sum(x.nbytes for x in tensors.values()) > _ONE_FILE)
         write_config(folder, _settings(model))
 
     def usage(self, model: Model) -> str:
