@@ -2,7 +2,7 @@ r"""MAE-CT ViT-B/16 on ImageNet-1k: 800 epochs of two-view MAE, 20 of the head, 
 
     python launch.py --config=configs/mae_ct_vitb.py --workdir=…
     python launch.py --config=configs/mae_ct_vitb.py:aug --workdir=… \
-        --config.init_from=… --config.stages=head,tune,evaluate
+        --config.init_from=mae_pretrain_vit_base.pth --config.stages=head,tune,evaluate
 
 The second form starts from an MAE that is there already and costs about a seventh of the first (in FLOPs).
 

@@ -1,9 +1,10 @@
-"""MAE-CT ViT-H/14 on ImageNet-1k: 20 epochs of the head, 30 of tuning (aug: 40).
+r"""MAE-CT ViT-H/14 on ImageNet-1k: 20 epochs of the head, 30 of tuning (aug: 40).
 
-    python launch.py --config=configs/mae_ct_vith14.py --workdir=… --config.init_from=…
-    python launch.py --config=configs/mae_ct_vith14.py:aug --workdir=… --config.init_from=…
+    python launch.py --config=configs/mae_ct_vith14.py --workdir=… \
+        --config.init_from=mae_pretrain_vit_huge.pth
+    (the same with configs/mae_ct_vith14.py:aug)
 
-There is no MAE pre-training: the paper starts from the published MAE H/14 encoder, so `init_from` must name weights.
+There is no MAE pre-training: the paper starts from the published MAE H/14 encoder.
 
 Published (MAE-CT, Lehner et al. 2023; ImageNet-1k top-1): MAE k-NN 58.9, linear 77.2; MAE-CT 79.1, 81.3;
 MAE-CT_aug 78.9, 82.0. This code's own run: not measured yet.

@@ -2,7 +2,7 @@ r"""MAE-CT ViT-L/16 on ImageNet-1k: 800 epochs of two-view MAE, 20 of the head, 
 
     python launch.py --config=configs/mae_ct_vitl.py --workdir=…
     python launch.py --config=configs/mae_ct_vitl.py:aug --workdir=… \
-        --config.init_from=… --config.stages=head,tune,evaluate
+        --config.init_from=mae_pretrain_vit_large.pth --config.stages=head,tune,evaluate
 
 The second form starts from an MAE that is there already and costs about an eighth of the first (in FLOPs).
 

@@ -2,7 +2,7 @@
 
 A stage has a folder in the work folder with its checkpoints and, when it is complete, `DONE.json`. Running again skips
 what is done and continues what is not. What a stage starts from, in this order: its own newest checkpoint, the stage
-before it in this work folder, the run given as `init_from`, fresh weights (pre-training only).
+before it in this work folder, the run or weights file given as `init_from`, fresh weights (pre-training only).
 """
 
 import time
