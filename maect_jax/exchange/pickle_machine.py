@@ -18,8 +18,7 @@ from typing import Any
 
 from maect_jax.errors import CheckpointError
 
-MAX_PICKLE = 1 << 24  # bytes; a training checkpoint of a ViT-H with its average needs 230,000
-_MAX_OPS = 500_000  # that needs 83,000
+_MAX_OPS = 500_000  # a training checkpoint of a ViT-H with its average needs 83,000
 _MAX_TEXT = 1 << 22  # characters; NumPy's arrays are text in pickles of old protocols
 _MAX_NAME = 250  # characters: names are joined, so that long ones would multiply
 _MAX_KEY = 1_000  # characters
@@ -42,7 +41,7 @@ def interpret(pickle: bytes, call: Callable[[Opaque, Any], Any], persistent: Cal
     """What a pickle describes.
 
     Args:
-      pickle: the program, at most `MAX_PICKLE` bytes.
+      pickle: the program; the reader of the format bounds its length.
       call: given a function's name and its arguments, the object that stands for the result.
       persistent: given the argument of a persistent id, the object that stands for it.
 
@@ -63,8 +62,6 @@ def interpret(pickle: bytes, call: Callable[[Opaque, Any], Any], persistent: Cal
 
 
 def _operations(pickle: bytes) -> Iterator[tuple[str, Any]]:
-    if len(pickle) > MAX_PICKLE:
-        raise CheckpointError(f"has a pickle of {len(pickle)} bytes; at most {MAX_PICKLE} are read")
     stream = io.BytesIO(pickle)
     for _ in range(_MAX_OPS):
         code = stream.read(1)

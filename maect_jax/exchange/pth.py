@@ -18,8 +18,9 @@ import numpy as np
 
 from maect_jax.errors import CheckpointError
 from maect_jax.exchange.archive import MAGIC, Archive
-from maect_jax.exchange.pickle_machine import MAX_PICKLE, Opaque, describe, interpret
+from maect_jax.exchange.pickle_machine import Opaque, describe, interpret
 
+_MAX_PICKLE = 1 << 24  # bytes; a training checkpoint of a ViT-H with its average needs 230,000
 _MAX_DEPTH = 64  # containers in containers
 _MAX_AXES = 16
 _MAX_TENSORS = 20_000  # a training checkpoint of a ViT-H with its average has 3,000
@@ -114,8 +115,8 @@ def _read(file: BinaryIO, part: Callable[[dict], dict]) -> dict:
     if len(pickles) != 1:
         raise CheckpointError(f"is no file of torch.save ({len(pickles)} members data.pkl, expected one)")
     folder = pickles[0].removesuffix("data.pkl")
-    if archive.sizes[pickles[0]] > MAX_PICKLE:
-        raise CheckpointError(f"has a pickle of {archive.sizes[pickles[0]]} bytes; at most {MAX_PICKLE} are read")
+    if archive.sizes[pickles[0]] > _MAX_PICKLE:
+        raise CheckpointError(f"has a pickle of {archive.sizes[pickles[0]]} bytes; at most {_MAX_PICKLE} are read")
     order = f"{folder}byteorder"
     if archive.sizes.get(order, 6) != 6 or (order in archive.sizes and archive.read(order) != b"little"):
         raise CheckpointError("was not written on a little-endian machine; save it again on one")

@@ -194,6 +194,16 @@ def test_archives_that_can_be_read_in_two_ways_are_refused(tmp_path):
     assert "not where its end says" in bounded_refusal(written(tmp_path, b"PK\3\4" + content))
 
 
+def test_two_ends_that_do_not_agree_are_refused(tmp_path):
+    numbers = (0, zlib.crc32(SIX), 24, 24)
+    content = bytearray(with_directory(local(b"a", *numbers) + SIX, [(b"a", *numbers, 0)]))
+    assert opened(written(tmp_path, content), "a") == SIX
+    for magic, at in ((b"PK\6\7", 8), (b"PK\6\6", 0)):
+        changed = bytearray(content)
+        changed[changed.index(magic) + at] ^= 1
+        assert "the records at its end do not agree" in bounded_refusal(written(tmp_path, changed))
+
+
 @pytest.mark.parametrize(
     ("part", "at", "value", "why"),
     [

@@ -16,9 +16,9 @@ import sys
 
 import numpy as np
 import pytest
-from hostile import greedy_programs, storage, tensor, word
+from hostile import greedy_programs, storage, tensor, whole, word
 
-from maect_jax.exchange.pth import read_pth
+from maect_jax.exchange.pth import Opaque, read_pth
 from torch_files import attempt, crafted, refusal, saved, torch
 
 # ----------------------------------------------------------------------------------------------------- hostile programs
@@ -174,6 +174,13 @@ def test_programs_that_torch_save_does_not_write_are_refused(program, why, tmp_p
     assert why in refusal(crafted(tmp_path, program))
 
 
+def test_keys_that_are_no_short_values_are_opaque(tmp_path):
+    keys = [word("k" * 1000), word("k" * 1001), whole((1 << 63) - 1), whole(1 << 63), whole(-(1 << 2000)), b"]", b"N"]
+    read = read_pth(crafted(tmp_path, b"\x80\x02}(" + b"".join(key + b"K\1" for key in keys) + b"u."))
+    shown = [key.name if isinstance(key, Opaque) else key for key in read]
+    assert shown == ["k" * 1000, "str", (1 << 63) - 1, "int", "int", "list", None]
+
+
 def test_names_with_backslashes_are_not_other_names(tmp_path):
     """pickletools reads an escape where pickle reads a backslash."""
     read = read_pth(crafted(tmp_path, b"\x80\x02}" + word("a") + b"ccollections\n\\x4frderedDict\n)Rs."))
@@ -197,7 +204,7 @@ def test_greedy_files_are_read_or_refused_within_little_memory_and_time(tmp_path
     child = """
 import resource, sys
 from maect_jax.errors import CheckpointError
-from maect_jax.exchange.pth import read_pth
+from maect_jax.exchange.pth import Opaque, read_pth
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + 200_000_000,) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
@@ -221,8 +228,8 @@ SIX = np.arange(6, dtype="<f4").tobytes()
 
 
 def test_a_tensor_inside_its_storage_is_read(tmp_path):
-    whole = read_pth(crafted(tmp_path, tensor(), {"0": SIX}))["x"]
-    np.testing.assert_array_equal(whole, np.arange(6).reshape(2, 3))
+    read = read_pth(crafted(tmp_path, tensor(), {"0": SIX}))["x"]
+    np.testing.assert_array_equal(read, np.arange(6).reshape(2, 3))
     part = read_pth(crafted(tmp_path, tensor(1, (2, 2), (2, 1)), {"0": SIX}))["x"]
     np.testing.assert_array_equal(part, [[1, 2], [3, 4]])
 
