@@ -63,7 +63,8 @@ def _rows(facts: Mapping[str, Any], every: bool) -> Iterator[tuple[str, list[str
     told = ("seed", "starts_from", "stage", "step", "average", "trained_on")
     for name in (*told, "code_version"):
         yield _words(name), [_short(facts[name])] if facts.get(name, "") not in (None, "") else []
-    yield "unknown", [", ".join(_words(name) for name in told if name in facts and facts[name] in (None, ""))]
+    missing = [_words(name) for name in told if name in facts and facts[name] in (None, "")]
+    yield "unknown", [", ".join(missing)] if missing else []
     if "license" in facts:
         yield "recipe", [f"{len(facts['recipe'])} settings, which --json shows"] if facts["recipe"] else []
         yield "licence", [f"{_short(facts['license'])} ({_short(facts['license_source'])})"]
