@@ -226,7 +226,5 @@ class _Reader:
         self._returned += math.prod(tensor.shape) * itemsize
         if self._returned > _MAX_SHARED * self._stored:
             raise CheckpointError("has tensors that share their bytes too often to be weights")
-        if 0 in tensor.shape:
-            return np.zeros(tensor.shape, storage.dtype)
         strides = [stride * itemsize for stride in tensor.strides]
         return np.ndarray(tensor.shape, storage.dtype, self._content[name], tensor.offset * itemsize, strides)

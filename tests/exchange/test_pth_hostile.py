@@ -181,6 +181,11 @@ def test_keys_that_are_no_short_values_are_opaque(tmp_path):
     assert shown == ["k" * 1000, "str", (1 << 63) - 1, "int", "int", "list", None]
 
 
+def test_a_parameter_of_no_tensor_is_not_taken_for_its_content(tmp_path):
+    program = b"\x80\x02}" + word("a") + b"ctorch._utils\n_rebuild_parameter\n(cos\nsystem\n\x89NtRs."
+    assert read_pth(crafted(tmp_path, program))["a"].name == "torch._utils._rebuild_parameter"
+
+
 def test_names_with_backslashes_are_not_other_names(tmp_path):
     """pickletools reads an escape where pickle reads a backslash."""
     read = read_pth(crafted(tmp_path, b"\x80\x02}" + word("a") + b"ccollections\n\\x4frderedDict\n)Rs."))
@@ -258,6 +263,7 @@ def test_a_tensor_inside_its_storage_is_read(tmp_path):
         (dict(kind="DoubleStorage"), "expected 6 x 8"),
         (dict(key="1"), "has no bytes in 'archive/data/1'"),
         (dict(key="../../etc/passwd"), "has no bytes"),
+        (dict(key="\x1b\n" * 50_000), "has no bytes"),
     ],
 )
 def test_a_tensor_outside_its_storage_is_refused(changes, why, tmp_path):
