@@ -20,8 +20,9 @@ from maect_jax.data.decode import central_crop
 from maect_jax.errors import CheckpointError, ConfigError
 from maect_jax.exchange.export import card, package
 from maect_jax.exchange.export.package import write_package
-from maect_jax.exchange.export.proof import TOLERANCE, Proof, pictures
+from maect_jax.exchange.export.proof import TOLERANCE, Proof, difference, ours, pictures
 from maect_jax.exchange.export.targets import TARGETS
+from maect_jax.exchange.files import open_model
 from maect_jax.exchange.provenance import Provenance
 from models import photograph, random_model
 from torch_files import torch
@@ -61,8 +62,8 @@ def test_folder_holds_weights_settings_preprocessing_card_and_their_proof(name, 
     assert ("predictions" in proof.differences) == (name in DECODED)
     assert max(proof.differences.values()) <= TOLERANCE
     text = (folder / "README.md").read_text()
-    for output, difference in proof.differences.items():
-        assert f"| `{output}` | {difference:.1e} |" in text
+    for output, largest in proof.differences.items():
+        assert f"| `{output}` | {largest:.1e} |" in text
     for path in folder.iterdir():
         assert path.name == "README.md" or f"| `{path.name}` | {path.stat().st_size:,} | `" in text
     assert ("## What the decoder predicts" in text) == (name in DECODED)
@@ -94,43 +95,37 @@ def test_lines_of_use_in_the_card_run(name, packages, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------ all or nothing
 
 
-def test_only_a_free_place_is_written_to(tmp_path):
-    model, file, full = the_model(), tmp_path / "file", tmp_path / "full"
+def test_only_a_free_place_is_written_to(tmp_path, monkeypatch):
+    file, full, volume = (tmp_path / name for name in ("file", "full", "volume"))
     file.write_text("x")
     (full / "x").mkdir(parents=True)
-    for out, why in ((file, "is a file"), (full, "is not empty"), (Path("/proc"), "is not empty")):
+    volume.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == volume)
+    for out, why in ((file, "is a file"), (full, "is not empty"), (volume, "is a mounted volume")):
         with pytest.raises(ConfigError, match=rf"--out: '{out}' {why}.*; give a "):
-            write_package(model, TIMM, out, prove=False)
-    assert file.read_text() == "x" and [path.name for path in tmp_path.iterdir()] == ["file", "full"]
+            write_package(random_model(), TIMM, out, prove=False)
+    assert {path.name for path in tmp_path.rglob("*")} == {"file", "full", "x", "volume"}
 
 
 def test_empty_folder_and_missing_parents_are_fine(tmp_path):
+    (tmp_path / "empty").mkdir()
+    usual = (tmp_path / "empty").stat().st_mode
     for out in (tmp_path / "empty", tmp_path / "a" / "b"):
-        if out.name == "empty":
-            out.mkdir()
-        write_package(the_model(), TIMM, out, prove=False)
-        assert (out / "model.safetensors").exists()
-        assert out.stat().st_mode & 0o777 == 0o777 & ~current_umask()
+        write_package(random_model(), TIMM, out, prove=False)
+        assert (out / "model.safetensors").exists() and out.stat().st_mode == usual
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "a"}
 
 
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 class Broken:
-    """timm's target, one function of which does something else first."""
+    """A target, one function of which does something more."""
 
-    name, library = TIMM.name, TIMM.library
-
-    def __init__(self, step, action):
-        self.step, self.action = step, action
+    def __init__(self, step, action, target=TIMM):
+        self.step, self.action, self.target = step, action, target
+        self.name, self.library = target.name, target.library
 
     def __getattr__(self, step):
         def does(*arguments):
-            result = getattr(TIMM, step)(*arguments)
+            result = getattr(self.target, step)(*arguments)
             return self.action(result) if step == self.step else result
 
         return does
@@ -230,23 +225,20 @@ def test_every_tensor_is_rounded_once_to_the_type(name, dtype, packages, tmp_pat
     assert f"from the weights rounded to {dtype}" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_proof_of_a_short_type_is_that_of_the_rounded_weights(tmp_path):
-    timm = pytest.importorskip("timm")
-    seen = {}
-    target = Broken("outputs", lambda outputs: seen.update(outputs) or outputs)
-    write_package(the_model(), target, tmp_path / "out", dtype="bfloat16", say=lambda line: None)
-    module = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    images_bchw = torch.from_numpy(pictures(the_model())[0])
-    with torch.inference_mode():
-        tokens_bnd = module.forward_features(images_bchw).numpy()
-    np.testing.assert_allclose(tokens_bnd, seen["tokens"], atol=1e-5)
+@pytest.mark.parametrize("name", ["timm", "maect"])
+def test_proof_of_a_short_type_is_that_of_the_written_weights(name, tmp_path):
+    model, seen = random_model(learned_positions=True), {}
+    target = Broken("outputs", lambda outputs: seen.update(outputs) or outputs, TARGETS[name])
+    write_package(model, target, tmp_path / "out", dtype="bfloat16", say=lambda line: None)
+    tokens_bnd = ours(open_model(tmp_path / "out").model, *pictures(model))["tokens"]
+    assert difference(tokens_bnd, seen["tokens"]) <= TOLERANCE
+    assert difference(ours(model, *pictures(model))["tokens"], seen["tokens"]) > 100 * TOLERANCE
 
 
 def test_types_that_can_not_be_are_refused(tmp_path):
     model = the_model()
-    big = dataclasses.replace(
-        model, params=model.params | {"encoder": model.params["encoder"] | {"cls_token": big_token()}}
-    )
+    token = {"cls_token": np.full((1, 1, 48), 1e5, np.float32)}
+    big = dataclasses.replace(model, params=model.params | {"encoder": model.params["encoder"] | token})
     for target, dtype, subject, says in (
         ("timm", "float64", model, "--dtype: no type 'float64'; there is float32, bfloat16, float16"),
         ("onnx", "bfloat16", model, "--dtype bfloat16: --to onnx writes a graph in float32"),
@@ -256,10 +248,6 @@ def test_types_that_can_not_be_are_refused(tmp_path):
             write_package(subject, TARGETS[target], tmp_path / "out", dtype=dtype)
     assert not list(tmp_path.iterdir())
     write_package(big, TIMM, tmp_path / "out", dtype="bfloat16", prove=False)
-
-
-def big_token() -> np.ndarray:
-    return np.full((1, 1, 48), 1e5, np.float32)
 
 
 # -------------------------------------------------------------------------------------------------------- equal results

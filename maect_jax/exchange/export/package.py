@@ -61,8 +61,9 @@ def write_package(
     _check_dtype(target, dtype)
     target.check(model)
     place = _free_place(Path(out))
+    entries = card.results_of(records, _evaluated_hash(model)) if records else ()
     model = _what_is_written(model, target)
-    rounded = _rounded(model, dtype)
+    rounded = _rounded(model, target, dtype)
     place.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as temporary:
         folder = Path(temporary) / place.name
@@ -74,7 +75,6 @@ def write_package(
         proof = _prove(target, rounded, folder) if prove else Proof(None, "the conversion was told not to")
         if dtype != "float32":
             _shorten(folder / WEIGHTS, dtype)
-        entries = card.results_of(records, _evaluated_hash(model)) if records else ()
         text = card.render(model, target, folder, proof=proof, entries=entries, notes=notes, dtype=dtype)
         (folder / card.CARD).write_text(text, encoding="utf-8")
         folder.rename(place)
@@ -126,10 +126,11 @@ def _what_is_written(model: Model, target: Target) -> Model:
     return replace(model, classes=tuple("".join(c if c.isprintable() else "?" for c in name[:200]) for name in names))
 
 
-def _rounded(model: Model, dtype: str) -> Model:
+def _rounded(model: Model, target: Target, dtype: str) -> Model:
     """The model with float32 weights that `dtype` holds exactly, the encoder's position table among them.
 
-    A decoder has no table among its weights: the fixed one is rounded in the file alone.
+    A decoder has no table among its weights: the fixed one is rounded in the file alone. What a target adds up is added
+    before.
 
     Raises:
       ConfigError: a weight is beyond the range of the type.
@@ -145,10 +146,14 @@ def _rounded(model: Model, dtype: str) -> Model:
             raise ConfigError(f"--dtype {dtype}: '{model.name}' has weights beyond its range; take bfloat16 or float32")
         return short
 
-    encoder = model.encoder
-    table = {"pos_embed": positions.fixed_table(encoder.width, encoder.grid)}
-    params = model.params | {"encoder": table | model.params["encoder"]}
-    return replace(model, params=jax.tree.map(to_type, params), encoder=encoder.clone(learned_positions=True))
+    encoder = {"pos_embed": positions.fixed_table(model.encoder.width, model.encoder.grid)} | model.params["encoder"]
+    if target.name == "maect":  # its files have no row for the class token
+        table_1nd = np.array(encoder["pos_embed"])
+        encoder["cls_token"] = encoder["cls_token"] + table_1nd[:, :1]
+        table_1nd[:, :1] = 0
+        encoder["pos_embed"] = table_1nd
+    params = jax.tree.map(to_type, model.params | {"encoder": encoder})
+    return replace(model, params=params, encoder=model.encoder.clone(learned_positions=True))
 
 
 def _preprocessing(model: Model) -> dict[str, Any]:
