@@ -23,7 +23,7 @@ from maect_jax.exchange.export.package import write_package
 from maect_jax.exchange.export.proof import TOLERANCE, Proof, difference, ours, pictures
 from maect_jax.exchange.export.targets import TARGETS
 from maect_jax.exchange.files import open_model
-from maect_jax.exchange.provenance import Provenance
+from maect_jax.exchange.provenance import Provenance, from_dict
 from models import photograph, random_model
 from torch_files import torch
 
@@ -189,6 +189,16 @@ def test_folder_that_comes_into_being_meanwhile_is_kept(tmp_path):
     with pytest.raises(OSError):
         write_package(the_model(), Broken("write", occupies), tmp_path / "out", prove=False)
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["out", "mine"]
+
+
+def test_what_a_file_says_of_itself_and_can_not_be_written_is_refused(tmp_path):
+    nested: dict = {}
+    for _ in range(900):
+        nested = {"a": nested}
+    for said, why in (({"recipe": nested}, "nested too deeply"), ({"license": "\ud800"}, "half characters")):
+        with pytest.raises(CheckpointError, match=f"'tune': .*{why}"):
+            write_package(random_model(provenance=from_dict(said)), TIMM, tmp_path / "out", prove=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_missing_library_is_told_in_one_line_without_paths(tmp_path):

@@ -82,11 +82,19 @@ def write_package(
 
 
 def _note(model: Model) -> str:
-    """Our own note for the header."""
+    """Our own note for the header.
+
+    Raises:
+      CheckpointError: it holds what somebody's file says of itself, and that can not be written.
+    """
     try:
-        return note_of(model)
-    except RecursionError:  # what somebody's file says of itself
+        note = note_of(model)
+        json.dumps(json.loads(note), ensure_ascii=False).encode()
+    except RecursionError:
         raise CheckpointError(f"'{model.name}': the recipe that its file holds is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise CheckpointError(f"'{model.name}': what its file says of itself holds half characters") from None
+    return note
 
 
 def _check_dtype(target: Target, dtype: str) -> None:
