@@ -4,6 +4,7 @@ A file is told by its content, never by its extension, and nothing in it is exec
 """
 
 import io
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -17,7 +18,10 @@ from maect_jax.exchange.archive import MAGIC, Archive
 from maect_jax.exchange.pth import Opaque, StoredTensor, describe, is_pth, read_pth, refusal
 
 _WRAPPERS = ("model", "state_dict")
-_MAX_HEADER = 100_000_000  # bytes; the bound of the safetensors format
+_MAX_FILE = 1 << 36  # bytes; a training checkpoint of a ViT-H has 8e9
+_MAX_HEADER = 1 << 24  # bytes; the format allows 100 MB, five thousand tensors need less than one
+_MAX_TENSORS = 20_000
+_DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")  # of safetensors
 _SHOWN = 4  # names of a list in a message
 
 
@@ -68,6 +72,8 @@ def kind_of(path: str | PathLike) -> str:
     try:
         with open(path, "rb") as file:
             start = file.read(9)
+            if (length := file.seek(0, 2)) > _MAX_FILE:
+                raise CheckpointError(f"has {length} bytes; at most {_MAX_FILE} are read")
             if start.startswith(MAGIC):
                 return "torch" if is_pth(Archive(file)) else "npz"
     except OSError as error:
@@ -83,13 +89,19 @@ def kind_of(path: str | PathLike) -> str:
 
 def _read_safetensors(path: str | PathLike) -> dict[str, np.ndarray]:
     with opened_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        names = file.keys()
+        odd = [f"{name!a:.80}: {kind}" for name in names if (kind := file.get_slice(name).get_dtype()) not in _DTYPES]
+        if odd:
+            raise ValueError(f"tensors of types that are not read: {some(odd)}; save them as F32")
+        return {name: file.get_tensor(name) for name in names}
 
 
 @contextmanager
 def opened_safetensors(path: str | PathLike) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
+            if len(file.keys()) > _MAX_TENSORS:
+                raise ValueError(f"it holds {len(file.keys())} tensors; at most {_MAX_TENSORS} are read")
             yield file
     except Exception as error:  # whatever the library raises on bytes that may be hostile
         raise refusal(path, f"is damaged, or no safetensors file ({error})") from None
@@ -128,11 +140,28 @@ def _read_npz(path: str | PathLike) -> dict[str, np.ndarray]:
             for name in archive.sizes:
                 if not name.endswith(".npy"):
                     raise CheckpointError(f"is neither a file of torch.save nor .npz: it has a member {name!a}")
-                content = io.BytesIO(archive.read(name))
-                arrays[name.removesuffix(".npy")] = np.lib.format.read_array(content, allow_pickle=False)
+                arrays[name.removesuffix(".npy")] = _array(name, archive.read(name))
             return arrays
     except Exception as error:  # whatever NumPy raises on a header that may be hostile
         raise refusal(path, error) from None
+
+
+def _array(name: str, content: bytes) -> np.ndarray:
+    """The numbers in NumPy's format, read-only. NumPy's own reader makes room for whatever the header declares."""
+    stream = io.BytesIO(content)
+    version = np.lib.format.read_magic(stream)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(
+        version
+    )
+    if read_header is None:
+        raise CheckpointError(f"has an array in version {version} of NumPy's format in {name!a}; 1 and 2 are read")
+    shape, columns_first, dtype = read_header(stream)
+    if dtype.kind not in "biuf":
+        raise CheckpointError(f"has an array of {dtype} in {name!a}, not of real numbers; save it as float32")
+    there = len(content) - stream.tell()
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != there:
+        raise CheckpointError(f"has {there} bytes in {name!a}, and declares the shape {shape} of {dtype}")
+    return np.ndarray(shape, dtype, content, stream.tell(), order="F" if columns_first else "C")
 
 
 def some(items: list[str]) -> str:

@@ -1,7 +1,9 @@
 """Weights files are told by content, and their tensors read with the types they have; what is hostile is refused."""
 
 import io
+import os
 import struct
+import tracemalloc
 import zipfile
 
 import ml_dtypes
@@ -65,9 +67,19 @@ def test_files_of_no_kind_are_refused(tmp_path):
 def test_hostile_arrays_are_refused(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, x=np.array([{"a": 1}], dtype=object))
-    assert "Object arrays cannot be loaded" in refusal(read_tensors, path)
+    assert "an array of object in 'x.npy', not of real numbers" in refusal(read_tensors, path)
+    np.savez(path, x=np.ones(3, ml_dtypes.bfloat16), y=np.ones(3, np.complex64))
+    assert "an array of |V2 in 'x.npy'" in refusal(read_tensors, path)
     content = io.BytesIO()
     np.save(content, np.zeros(16))
+    for shape in (b"(9999999999,)", b"(0, 9999999)", b"(-16, -1)", b"(15,)", b"()"):
+        with zipfile.ZipFile(path, "w") as archive:
+            header = content.getvalue()[:127].replace(b"(16,)", shape).rstrip().ljust(127) + b"\n"
+            archive.writestr("x.npy", header + bytes(128))
+        tracemalloc.start()
+        assert "has 128 bytes in 'x.npy', and declares the shape" in refusal(read_tensors, path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+        tracemalloc.stop()
     for old, new in ((b"(16,)", b"(1<<9,)"), (b"(16,)", b"(9" + b"9" * 20 + b",)"), (b"{'descr'", b"{'descr(")):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("x.npy", content.getvalue().replace(old, new))
@@ -96,6 +108,20 @@ def test_overlapping_safetensors_are_refused(tmp_path):
     )
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header + bytes(12))
     assert "no safetensors file" in refusal(read_tensors, tmp_path / "x")
+
+
+def test_hostile_headers_of_safetensors_are_refused(tmp_path):
+    path, empty = tmp_path / "x", '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    for header, why in (
+        (",".join(f'"{i}":{empty}' for i in range(20_001)), "it holds 20001 tensors; at most 20000"),
+        ('"w":{"dtype":"F8_E4M3","shape":[0],"data_offsets":[0,0]}', "types that are not read: 'w': F8_E4M3"),
+        ('"w":{"dtype":"C64","shape":[0],"data_offsets":[0,0]}', "types that are not read: 'w': C64"),
+        (f'"w":{empty}' + " " * (1 << 24), "is neither safetensors"),
+    ):
+        path.write_bytes(struct.pack("<Q", len(header) + 2) + b"{" + header.encode() + b"}")
+        assert why in refusal(read_tensors, path)
+    os.truncate(path, 1 << 40)  # a sparse file: it takes no place on the disk
+    assert "at most 68719476736 are read" in refusal(read_tensors, path)
 
 
 def test_what_a_file_says_beside_its_tensors(tree, tmp_path):
