@@ -14,7 +14,7 @@ from maect_jax import foreign
 from maect_jax.config import TRAINED, plain
 from maect_jax.context import Run
 from maect_jax.errors import CheckpointError, ConfigError
-from maect_jax.exchange.provenance import Provenance, from_dict, trained
+from maect_jax.exchange.provenance import Provenance, from_dict, trained, without_place
 from maect_jax.models.vit import join_blocks
 from maect_jax.parallel.mesh import replicated
 from maect_jax.results.record import weights_hash
@@ -163,12 +163,12 @@ def stage_sources(run: Run, stage: str, wanted: dict) -> tuple[dict, Provenance]
 
 
 def _without_places(recipe: dict) -> dict:
-    """The settings with names of files and folders in the place of their paths: weights travel, machines do not."""
-    data = {key: epath.Path(recipe["data"][key]).name if recipe["data"][key] else "" for key in ("train", "test")}
-    start = epath.Path(recipe["init_from"]).name if recipe["init_from"] else ""
-    lists = epath.Path(recipe["evaluate"]["lists"]).name if recipe["evaluate"]["lists"] else ""
-    evaluate = recipe["evaluate"] | {"lists": lists}
-    return recipe | {"init_from": start, "data": recipe["data"] | data, "evaluate": evaluate}
+    """The settings, with paths shortened to names."""
+    data, evaluate = recipe["data"], recipe["evaluate"]
+    data = data | {key: without_place(data[key]) for key in ("train", "test")}
+    others = ",".join(without_place(name) for name in evaluate["robustness"].split(","))
+    evaluate = evaluate | {"lists": without_place(evaluate["lists"]), "robustness": others}
+    return recipe | {"init_from": without_place(recipe["init_from"]), "data": data, "evaluate": evaluate}
 
 
 def _from_run(run: Run, stage: str) -> tuple[dict, Provenance | None, dict | None, str]:

@@ -6,6 +6,7 @@ from what the file says, what lies beside it, and what it is; see `of_file`.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import maect_jax
@@ -62,6 +63,11 @@ def from_dict(values: Mapping[str, Any]) -> Provenance:
             kept[item.name] = value
     kept["derived_from"] = tuple(step for step in kept.get("derived_from", ()) if isinstance(step, dict))
     return Provenance(**kept)
+
+
+def without_place(name: str) -> str:
+    """The name of pictures or weights, of a full path its last part: weights travel, machines do not."""
+    return PurePosixPath(name).name if name.startswith(("/", "~")) or "://" in name else name
 
 
 def strictness(license: str) -> int:

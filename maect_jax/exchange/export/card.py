@@ -19,6 +19,7 @@ import yaml
 from maect_jax.exchange.export.proof import TOLERANCE, Proof
 from maect_jax.exchange.export.target import Target
 from maect_jax.exchange.model import Model
+from maect_jax.exchange.provenance import without_place
 from maect_jax.models.vit import SIZES, Size, ViT
 from maect_jax.report.results import EVALUATIONS, LAYERS, METRICS, Entry, read_entries
 
@@ -184,8 +185,8 @@ def _rows(entries: Iterable[Entry]) -> list[dict[str, str]]:
             {
                 "evaluation": title if title != before else "",
                 "protocol": entry.name,
-                "train": entry.protocol.get("train.name", ""),
-                "test": entry.protocol.get("test.name", ""),
+                "train": without_place(str(entry.protocol.get("train.name", ""))),
+                "test": without_place(str(entry.protocol.get("test.name", ""))),
                 "metric": METRICS.get(entry.metric, entry.metric.replace("_", " ")),
                 "value": _value(entry),
             }
