@@ -136,10 +136,12 @@ def _first(found: Said, further: Said) -> Said:
 
 
 def _card_license(path: Path) -> str | None:
-    """The licence in the head of a model card."""
+    """The licence in the head of a model card; of 'other' its name."""
     front = re.match(r"---\n(.*?)\n---", read_text(path), re.DOTALL)
-    found = re.search(r"^license:[ \t]*(\S.*)$", front[1], re.MULTILINE) if front else None
-    return _printable(found[1].strip("'\" ")) if found else None
+    values = dict(re.findall(r"^(license|license_name):[ \t]*(\S.*)$", front[1], re.MULTILINE)) if front else {}
+    license = values.get("license", "").strip("'\" ")
+    found = values.get("license_name", license) if license == "other" else license
+    return _printable(found.strip("'\" ")) or None
 
 
 def _read_json(path: Path) -> dict:
@@ -152,12 +154,15 @@ def parsed(text: Any) -> dict:
         found = json.loads(text) if isinstance(text, str) and len(text) <= _MAX_TEXT else {}
     except (ValueError, RecursionError):
         return {}
-    return _dict(found) if _is_shallow(found) else {}
+    return _dict(found) if _is_plain(found) else {}
 
 
-def _is_shallow(value: Any, levels: int = _MAX_DEPTH) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels > 0 and all(_is_shallow(item, levels - 1) for item in inner)
+def _is_plain(value: Any, levels: int = _MAX_DEPTH) -> bool:
+    """Whether a value is nested no deeper than this, and its texts can be written again: no halves of characters."""
+    if isinstance(value, str):
+        return not any("\ud800" <= c <= "\udfff" for c in value)
+    inner = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels > 0 and all(_is_plain(item, levels - 1) for item in inner)
 
 
 def read_text(path: Path) -> str:

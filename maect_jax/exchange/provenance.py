@@ -19,7 +19,7 @@ MAE_LICENSE = "CC-BY-NC-4.0"
 
 # From free to strict. A licence that is not listed counts as permissive, one with "nc" or "non-commercial" in it as
 # non-commercial.
-_STRICTNESS = {OWN: 0, UNKNOWN: 2, NONE_STATED: 4}
+_STRICTNESS = {OWN: 0, UNKNOWN: 2, "other": 2, NONE_STATED: 4}
 _PERMISSIVE, _NON_COMMERCIAL = 1, 3
 
 
@@ -72,9 +72,9 @@ def without_place(name: str) -> str:
 
 def strictness(license: str) -> int:
     """How much a licence forbids, 0 (own weights) to 4 (no licence stated)."""
-    words = license.lower().replace("_", "-")
-    restricted = "-nc" in words or "noncommercial" in words.replace("-", "").replace(" ", "")
-    return _STRICTNESS.get(license, _NON_COMMERCIAL if restricted else _PERMISSIVE)
+    words = license.lower().replace("_", " ").replace("-", " ")
+    restricted = " nc" in words or "noncommercial" in words.replace(" ", "")
+    return _STRICTNESS.get(words, _NON_COMMERCIAL if restricted else _PERMISSIVE)
 
 
 def strictest(*provenances: Provenance) -> tuple[str, str]:

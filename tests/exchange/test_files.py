@@ -248,3 +248,15 @@ def test_a_note_nested_too_deep_says_nothing(tree, tmp_path):
     safetensors.numpy.save_file(tensors, tmp_path / "x", {"maect_jax": note})
     model = open_model(tmp_path / "x", heads=2).model
     assert model.provenance.license == "unknown" and model.provenance.as_dict()["recipe"] == {}
+
+
+def test_the_licence_of_a_card_is_read_and_of_other_its_name(tree, tmp_path):
+    written(tmp_path, tensors_of(tree, "timm_mae"), "safetensors").rename(tmp_path / "model.safetensors")
+    for front, license in (
+        ("license: apache-2.0", "apache-2.0"),
+        ("license: other\nlicense_name: none-stated", "none-stated"),
+        ("license: other", "other"),
+        ("tags:\n- mae", "unknown"),
+    ):
+        (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# x\nlicense: mit\n")
+        assert open_model(tmp_path, heads=2).model.provenance.license == license

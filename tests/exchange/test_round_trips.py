@@ -159,9 +159,9 @@ MODELS = {
     "classifier of means": dict(classes=5, pooling="mean"),
     "fine-tuned": dict(classes=7, fc_norm=True, learned_positions=True),
 }
-NOT_EXPRESSED = {  # or not said: settings of ViTMAE always tell which pixels are predicted
+NOT_EXPRESSED = {
     "hf-vit": ("classifier of means", "fine-tuned"),
-    "hf-vitmae": ("classifier", "classifier of means", "fine-tuned", "decoder of unknown pixels"),
+    "hf-vitmae": ("classifier", "classifier of means", "fine-tuned"),
     "maect": ("classifier", "classifier of means", "fine-tuned"),
 }
 FORMS = ("timm", "hf-vit", "hf-vitmae", "mae", "maect")

@@ -117,8 +117,9 @@ class HFViTMAE:
                 "decoder_num_attention_heads": decoder.heads,
                 "decoder_intermediate_size": decoder.mlp_ratio * decoder.width,
                 "mask_ratio": model.mask_ratio,
-                "norm_pix_loss": bool(model.normalised_pixels),
             }
+            if model.normalised_pixels is not None:
+                settings["norm_pix_loss"] = model.normalised_pixels
             tree["decoder"] = model.params["decoder"]
         else:
             settings |= {"architectures": ["ViTMAEModel"], "mask_ratio": 0.0}
