@@ -31,13 +31,14 @@ from maect_jax.models.mae import Decoder, MaskedAutoencoder
 from maect_jax.models.vit import SIZES, ViT
 
 RESULT = Path(__file__).parent / "results" / "convert.json"
-PACKAGES = ("jax", "jaxlib", "numpy", "safetensors", "torch", "timm", "transformers")
+PACKAGES = ("jax", "jaxlib", "numpy", "safetensors", "torch", "timm", "transformers", "onnx", "onnxruntime")
 CASES = (  # name, weights, form, further options
     ("MAE .pth to timm", "encoder.pth", "timm", ()),
     ("MAE .pth to timm, no proof", "encoder.pth", "timm", ("--no-proof",)),
     ("timm to MAE names", "timm", "mae", ()),
     ("MAE full .pth to ViTMAE", "full.pth", "hf-vitmae", ()),
     ("ViTMAE to MAE names", "hf-vitmae", "mae", ()),
+    ("MAE .pth to ONNX", "encoder.pth", "onnx", ()),
 )
 BY_HAND = """
 import sys
