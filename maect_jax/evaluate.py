@@ -4,8 +4,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
 
-from maect_jax import assemble, weights
+from maect_jax import assemble, foreign, weights
 from maect_jax.context import Run
 from maect_jax.data.pipeline import EvaluationBatches, evaluation_batches
 from maect_jax.data.sources import Source
@@ -118,6 +120,11 @@ def settings_of(run: Run) -> Settings:
     )
 
 
+def starts_from_file(config: ConfigDict, workdir: epath.Path) -> bool:
+    """Whether a weights file stands for the pre-training that the tuned encoder is compared with."""
+    return foreign.is_weights_file(config.init_from) and not (workdir / "pretrain" / "DONE.json").exists()
+
+
 def evaluate_run(run: Run) -> None:
     """Runs the suite on every complete stage; without labelled test pictures, only pictures of neighbours are made."""
     run.logbook.start_stage("evaluate", 0)
@@ -126,6 +133,8 @@ def evaluate_run(run: Run) -> None:
         weights.of_trained(run.config, trained, run.mesh, source) for trained in stages_of(run.config, run.workdir)
     ]
     subjects = [subject for stage in found for subject in stage]
+    if starts_from_file(run.config, run.workdir):
+        subjects.insert(0, weights.of_initial(run.config))
     train, test, settings = run.train, run.test, settings_of(run)
     place = suite.Place(run.mesh, run.workdir, run.stop, run.say, run.leader)
     if not can_evaluate(run):

@@ -16,7 +16,7 @@ from maect_jax.exchange.model import Model
 from maect_jax.results.record import read_records
 from maect_jax.trained import Trained, run_folder, run_settings, trained_at
 from maect_jax.training.checkpoint import absolute
-from maect_jax.weights import Instead, for_grid, settings_with
+from maect_jax.weights import Instead, for_grid, settings_with, with_changes
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ def open_portable(
     if not absolute(path).exists():
         raise ConfigError(f"--weights: nothing at '{path}'; give a work folder, a stage in it, or a weights file")
     run = run_folder(path)
+    if run is not None and decoder_heads:
+        raise ConfigError(f"--decoder-heads: for weights files; '{path}' is a run, which knows; leave it out")
     if run is not None:
         return _of_run(path, run, mesh, instead, raw)
     if raw:
@@ -67,7 +69,7 @@ def open_portable(
         decoder_heads=decoder_heads,
         allow_missing=instead.allow_missing,
     )
-    return Portable(_changed(opened.model, instead), opened.notes)
+    return Portable(with_changes(opened.model, instead), opened.notes)
 
 
 def _of_run(path: str, run: epath.Path, mesh: Mesh, instead: Instead, raw: bool) -> Portable:
@@ -100,12 +102,7 @@ def _of_run(path: str, run: epath.Path, mesh: Mesh, instead: Instead, raw: bool)
     return Portable(model, (), tuple(read_records(run / "results.jsonl")), run, trained)
 
 
-def _changed(model: Model, instead: Instead) -> Model:
-    """The model with what is to be taken instead of what its file says; size and heads are in it already."""
-    given = {"pooling": instead.pooling, "resize_ratio": instead.resize_ratio}
-    return replace(model, **{name: value for name, value in given.items() if value is not None})
-
-
-def without_decoder(model: Model) -> Model:
-    """The encoder, and its head where it has one."""
-    return replace(model, decoder=None, params={name: part for name, part in model.params.items() if name != "decoder"})
+def encoder_only(model: Model) -> Model:
+    """The model without decoder and head; `fc_norm`, which features go through, stays."""
+    params = {name: part for name, part in model.params.items() if name not in ("decoder", "head")}
+    return replace(model, decoder=None, classes=(), params=params)

@@ -40,7 +40,10 @@ def run_evaluation(run: Run) -> None:
     marker = run.workdir / "evaluate" / "DONE.json"
     folders = evaluated_folders(run.config, run.workdir)
     settings = plain(run.config.evaluate)
-    what = {"weights": {stage: read_done(folder)["weights"] for stage, folder in folders.items()}, "settings": settings}
+    weights = {stage: read_done(folder)["weights"] for stage, folder in folders.items()}
+    if evaluate.starts_from_file(run.config, run.workdir):
+        weights["pretrain"] = run.config.init_from
+    what = {"weights": weights, "settings": settings}
     if marker.exists() and {key: read_done(marker.parent).get(key) for key in what} == what:
         run.say("evaluate: done already")
         return

@@ -1,7 +1,7 @@
 """The encoders that a path stands for: a run, one of its stages or checkpoints, or a file in somebody's layout."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maect_jax import assemble, handover
+from maect_jax import assemble, foreign, handover
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation.task import Weights
 from maect_jax.exchange.files import open_model
@@ -30,6 +30,7 @@ class Instead:
       image_size: side of the pictures in pixels.
       resize_ratio: shorter side over picture size, before the central crop.
       dtype: type of the encoder's computation, 'bfloat16' or 'float32'.
+      mean, std: a channel, of the pictures of an encoder in a file; for values in 0..1.
       heads: attention heads of an encoder in a file whose width does not tell them.
       allow_missing: patterns of parts that a file may lack, such as 'decoder/*'.
     """
@@ -38,6 +39,8 @@ class Instead:
     image_size: int | None = None
     resize_ratio: float | None = None
     dtype: str | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     heads: int | None = None
     allow_missing: tuple[str, ...] = ()
 
@@ -70,8 +73,10 @@ def settings_with(path: str, config: ConfigDict, instead: Instead) -> ConfigDict
     Raises:
       ConfigError: something can not be taken instead.
     """
-    if instead.heads:
-        raise ConfigError(f"--heads: '{path}' is a run, which knows its heads; leave it out")
+    for name in ("heads", "mean", "std", "allow_missing"):
+        if getattr(instead, name):
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}: for weights files; '{path}' is a run, which knows; leave it out")
     for section, key in ((config.model, "pooling"), (config.model, "image_size"), (config.model, "dtype")):
         section[key] = getattr(instead, key) or section[key]
     config.data.resize_ratio = instead.resize_ratio or config.data.resize_ratio
@@ -121,7 +126,7 @@ def for_grid(encoder: dict, grid: int) -> dict:
 def _of_file(file: epath.Path, source: str, instead: Instead) -> Weights:
     """An encoder from others."""
     opened = open_model(file, image_size=instead.image_size, heads=instead.heads, allow_missing=instead.allow_missing)
-    model = opened.model
+    model = with_changes(opened.model, instead)
     if model.channels not in (1, 3):
         raise ConfigError(f"--weights: '{source}' takes {model.channels} channels; pictures to evaluate have 1 or 3")
     origin = {"source": source, "stage": "file", "layout": opened.layout, "file_sha256": opened.sha256}
@@ -130,13 +135,45 @@ def _of_file(file: epath.Path, source: str, instead: Instead) -> Weights:
         stage=model.name,
         encoder=model.encoder.clone(dtype=jnp.dtype(instead.dtype or "bfloat16")),
         load=lambda: encoder_params(model),
-        pooling=instead.pooling or model.pooling,
+        pooling=model.pooling,
         mean=model.mean,
         std=model.std,
-        resize_ratio=instead.resize_ratio or model.resize_ratio,
+        resize_ratio=model.resize_ratio,
         channels=model.channels,
         seed=0,
         origin=origin | ({"notes": list(opened.notes)} if opened.notes else {}),
+    )
+
+
+def with_changes(model: Model, instead: Instead) -> Model:
+    """A file's model with what is to be taken instead of what it says; size and heads are in it already.
+
+    Raises:
+      ConfigError: means or deviations that do not fit its channels.
+    """
+    given = {name: getattr(instead, name) for name in ("pooling", "resize_ratio", "mean", "std")}
+    for name in ("mean", "std"):
+        if given[name] and len(given[name]) != model.channels:
+            raise ConfigError(f"--{name}: {len(given[name])} values; '{model.name}' has {model.channels} channels")
+    return replace(model, **{name: value for name, value in given.items() if value is not None})
+
+
+def of_initial(config: ConfigDict) -> Weights:
+    """The weights file that a run starts from, in the place of the pre-training that it stands for."""
+    opened = foreign.open_initial(config)
+    params = foreign.sources_of(config, "head", opened)["encoder"]
+    origin = {"source": opened.model.name, "stage": "pretrain", "layout": opened.layout, "file_sha256": opened.sha256}
+    return Weights(
+        stage="pretrain",
+        encoder=assemble.build_encoder(config),
+        load=lambda: params,
+        pooling=config.model.pooling,
+        mean=config.data.mean,
+        std=config.data.std,
+        resize_ratio=config.data.resize_ratio,
+        channels=config.model.channels,
+        seed=config.seed,
+        origin=origin | {"license": opened.model.provenance.license, "average": "none"},
     )
 
 

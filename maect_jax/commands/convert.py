@@ -20,7 +20,7 @@ from maect_jax.exchange.export.targets import TARGETS
 from maect_jax.exchange.heads import find_head, open_head
 from maect_jax.exchange.model import Model
 from maect_jax.parallel.mesh import make_mesh
-from maect_jax.portable import Portable, open_portable, without_decoder
+from maect_jax.portable import Portable, encoder_only, open_portable
 from maect_jax.terminal import use_compilation_cache
 
 
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, metavar="FOLDER", help="new folder to write")
     head = "classifier: 'probe' or 'finetuned' (newest of the run), or a probe's file, or a fine-tuning's folder"
     parser.add_argument("--head", metavar="WHICH", help=head)
-    parser.add_argument("--encoder-only", action="store_true", help="leave out the decoder")
+    parser.add_argument("--encoder-only", action="store_true", help="leave out decoder and head")
     parser.add_argument("--raw", action="store_true", help="of a tuned run: not the moving average of the weights")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the written tensors")
     parser.add_argument("--image-size", type=int, metavar="PIXELS", help="instead of the model's own")
@@ -81,7 +81,7 @@ def chosen(found: Portable, arguments: argparse.Namespace) -> Model:
             raise ConfigError(f"--pixels: '{arguments.weights}' has no decoder; leave it out")
         model = replace(model, normalised_pixels=arguments.pixels == "normalised")
     if arguments.encoder_only or arguments.head:
-        model = without_decoder(model)
+        model = encoder_only(model)
     if arguments.head:
         path = arguments.head
         if path in ("probe", "finetuned"):

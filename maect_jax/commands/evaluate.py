@@ -5,6 +5,7 @@ second call reads them.
 """
 
 import argparse
+import math
 from dataclasses import dataclass, fields
 
 import jax
@@ -69,13 +70,27 @@ def add_instead(parser: argparse.ArgumentParser) -> None:
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """Options on what a weights file does not tell, or lacks."""
     parser.add_argument("--heads", type=int, metavar="N", help="of an encoder in a file whose width does not tell them")
+    values = "of the pictures, a value a channel, for values in 0..1; where the file and what lies beside it do not say"
+    parser.add_argument("--mean", metavar="X,…", help=values)
+    parser.add_argument("--std", metavar="X,…", help=values)
     parser.add_argument("--allow-missing", metavar="PART,…", help="that a file may lack: 'decoder/*', 'encoder/norm/*'")
 
 
 def instead_of(arguments: argparse.Namespace) -> Instead:
     """The options of `add_instead`."""
     given = {field.name: getattr(arguments, field.name, None) for field in fields(Instead)}
+    given |= {name: _numbers_of(name, given[name]) for name in ("mean", "std")}
     return Instead(**given | {"allow_missing": names_of(given["allow_missing"])})
+
+
+def _numbers_of(option: str, text: str | None) -> tuple[float, ...] | None:
+    try:
+        values = tuple(float(value) for value in names_of(text))
+    except ValueError:
+        values = (math.nan,)
+    if not all(math.isfinite(value) and (value > 0 or option == "mean") for value in values):
+        raise ConfigError(f"--{option} '{text}': must be numbers with commas between, a channel each")
+    return values or None
 
 
 @dataclass(frozen=True)
@@ -105,6 +120,8 @@ def main(arguments: argparse.Namespace) -> None:
         if leader:
             print(text, flush=True)
 
+    for note in dict.fromkeys(note for subject in subjects for note in subject.origin.get("notes", ())):
+        say(f"note: {note}")
     with StopRequest() as stop:
         suite.evaluate(subjects, train, test, settings, suite.Place(mesh, data.workdir, stop, say, leader))
     if leader:

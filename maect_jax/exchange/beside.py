@@ -35,6 +35,7 @@ class Said:
     normalised_pixels: bool | None = None
     classes: tuple[str, ...] | None = None
     license: str | None = None
+    activation: str | None = None
     provenance: Provenance | None = None
 
 
@@ -90,12 +91,17 @@ def _of_timm(config: dict) -> dict:
 
 def _of_transformers(config: dict, processor: dict) -> dict:
     labels = _dict(config.get("id2label"))
+    short, crop = (
+        _number(_dict(processor.get(n)).get(k)) for n, k in (("size", "shortest_edge"), ("crop_size", "height"))
+    )
     indices = [str(i) for i in range(len(labels))]
     return {
         "heads": config.get("num_attention_heads"),
         "decoder_heads": config.get("decoder_num_attention_heads"),
         "mask_ratio": config.get("mask_ratio"),
         "normalised_pixels": config.get("norm_pix_loss"),
+        "activation": config.get("hidden_act"),
+        "resize_ratio": short / crop if short and crop else None,
         "mean": processor.get("image_mean"),
         "std": processor.get("image_std"),
         "classes": [labels[i] for i in indices] if labels.keys() == set(indices) else None,
@@ -124,8 +130,9 @@ def _checked(values: dict) -> Said:
     classes = values.get("classes")
     if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
         good["classes"] = tuple(_printable(name) for name in classes)
-    if isinstance(values.get("license"), str):
-        good["license"] = _printable(values["license"])
+    for name in ("license", "activation"):
+        if isinstance(values.get(name), str):
+            good[name] = _printable(values[name])
     return Said(**good)
 
 

@@ -114,6 +114,10 @@ def open_model(
     facts = with_published_heads(said(path, notes), width, tree)
     if _resized(path, tree["encoder"], patch, grid, image_size):
         changes["positions"] = f"learned positions resized from {grid} x {grid}: {positions.RESIZED}"
+    if facts.activation not in (None, "gelu"):
+        raise refusal(path, f"config.json says hidden_act '{facts.activation}'; only gelu is computed here")
+    if (facts.mean is None or facts.std is None) and "pos_embed" in tree["encoder"] and layout != "mae_finetuned":
+        changes["mean"] = "nothing says its pictures' mean and deviation; ImageNet's are taken unless others are given"
     encoder = ViT(
         width,
         _depth(tree["encoder"]),
@@ -160,7 +164,9 @@ def _layout_of(path: Path, tensors: Mapping[str, np.ndarray], allow_missing: tup
     nearest = min(ENCODERS, key=lambda layout: (_count(differences[layout]), allowed[layout]))
     lists = [f"{len(items)} {title}: {some(items)}" for title, items in differences[nearest].items() if items]
     if lists:
-        raise refusal(path, f"fits no known layout; compared with the nearest, {nearest}: {'; '.join(lists)}")
+        found = "; ".join(lists)
+        more = "; `python -m maect_jax inspect` lists all" if " more" in found else ""
+        raise refusal(path, f"fits no known layout; compared with the nearest, {nearest}: {found}{more}")
     return nearest
 
 

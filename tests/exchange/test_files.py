@@ -104,6 +104,7 @@ def test_what_differs_from_the_nearest_layout_is_counted_and_listed(tree, tmp_pa
     prefixed = {f"module.{name}": x for name, x in tensors.items()}
     text = refusal(open_model, written(tmp_path, prefixed, "flat"))
     assert "42 unexpected: module.blocks.0.attn.proj.bias" in text and "and 38 more" in text
+    assert text.endswith("`python -m maect_jax inspect` lists all")
     narrow = tensors | {"blocks.1.mlp.fc1.bias": np.ones(95, np.float32)}
     text = refusal(open_model, written(tmp_path, narrow, "npz"))
     assert "1 misshaped: blocks.1.mlp.fc1.bias: (95,), expected (96,)" in text
@@ -132,11 +133,11 @@ def test_learned_positions_are_held_and_resized_only_when_another_size_is_asked_
     table = np.random.default_rng(3).standard_normal((1, 17, 24)).astype(np.float32)
     path = written(tmp_path, tensors_of(tree, "timm_mae") | {"pos_embed": table}, "safetensors")
     opened = open_model(path, heads=2)
-    assert opened.model.encoder.learned_positions and opened.notes == ()
+    assert opened.model.encoder.learned_positions and "ImageNet's are taken" in opened.notes[0]
     np.testing.assert_array_equal(opened.model.params["encoder"]["pos_embed"], table)
     opened = open_model(path, heads=2, image_size=56)
     assert opened.model.encoder.grid == 7
-    assert opened.notes == (f"learned positions resized from 4 x 4: {positions.RESIZED}",)
+    assert opened.notes[0] == f"learned positions resized from 4 x 4: {positions.RESIZED}"
     rows = torch.tensor(table[0, 1:]).double().T.reshape(1, 24, 4, 4)
     expected = torch.nn.functional.interpolate(rows, size=(7, 7), mode="bicubic", align_corners=False)
     found = opened.model.params["encoder"]["pos_embed"]
@@ -260,3 +261,18 @@ def test_the_licence_of_a_card_is_read_and_of_other_its_name(tree, tmp_path):
     ):
         (tmp_path / "README.md").write_text(f"---\n{front}\n---\n# x\nlicense: mit\n")
         assert open_model(tmp_path, heads=2).model.provenance.license == license
+
+
+def test_what_transformers_says_beside_the_weights_is_taken(tree, tmp_path):
+    tensors = tensors_of(tree, "hf4_classifier")
+    written(tmp_path, tensors, "safetensors").rename(tmp_path / "model.safetensors")
+    config = {"num_attention_heads": 3, "hidden_act": "gelu", "id2label": {str(i): f"class {i}" for i in range(5)}}
+    processor = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    processor |= {"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    model = open_model(tmp_path).model
+    assert (model.encoder.heads, model.mean, model.std, model.resize_ratio) == (3, (0.5,) * 3, (0.25,) * 3, 1.25)
+    assert model.classes[4] == "class 4"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu_new"}))
+    assert "hidden_act 'gelu_new'; only gelu" in refusal(open_model, tmp_path)

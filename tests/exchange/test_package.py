@@ -71,7 +71,7 @@ def test_folder_holds_weights_settings_preprocessing_card_and_their_proof(name, 
     assert (front["license"], front["library_name"]) == ("cc-by-nc-4.0", TARGETS[name].library)
 
 
-@pytest.mark.parametrize("name", set(TARGETS) - {"onnx"})
+@pytest.mark.parametrize("name", sorted(set(TARGETS) - {"onnx"}))
 def test_header_says_what_is_in_the_file_and_where_it_comes_from(name, packages):
     notes = read(packages[name][0])[1]
     said = json.loads(notes["maect_jax"])

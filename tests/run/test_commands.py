@@ -279,7 +279,7 @@ def test_labels_that_are_missing(run, pictures, tmp_path):
         (("--lists", "./nowhere"), ("--lists: './nowhere' is no folder",)),
         (("--fsdp", "0", "--workers", "-1"), ("--fsdp 0: must be at least 1", "--workers -1: must be at least 0")),
         (("--image-size", "15"), ("--image-size 15: must be a multiple of the patch, 4",)),
-        (("--heads", "4"), ("is a run, which knows its heads",)),
+        (("--heads", "4"), ("is a run, which knows",)),
         (("--batch", "0"), ("--batch 0: must be at least 1",)),
         (("--train", "imagenet20122"), ("--train: 'imagenet20122' is neither a folder nor a TFDS name",)),
         (("--nonsense",), ("unrecognized arguments: --nonsense",)),

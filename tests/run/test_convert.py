@@ -128,7 +128,9 @@ def test_what_can_not_be_converted_is_refused_before_anything_is_written(run, pi
         (("--to", "onnx", "--weights", run, "--dtype", "bfloat16"), "float32"),
         (("--to", "timm", "--weights", run, "--pixels", "plain"), "has no decoder"),
         (("--to", "timm", "--weights", run, "--image-size", "30"), "multiple of the patch"),
-        (("--to", "timm", "--weights", run, "--heads", "4"), "knows its heads"),
+        (("--to", "timm", "--weights", run / "pretrain", "--decoder-heads", "4"), "is a run, which knows"),
+        (("--to", "timm", "--weights", run, "--allow-missing", "decoder/*"), "is a run, which knows"),
+        (("--to", "timm", "--weights", run, "--heads", "4"), "is a run, which knows"),
     ):
         assert why in refused(*arguments, "--out", out)
         assert not out.exists() and not list(tmp_path.glob(".out*"))

@@ -82,6 +82,8 @@ def test_a_head_on_a_file_is_the_head_on_the_run_that_it_came_from(tmp_path, pic
     assert "starts from" in done.stdout and "mae_official_full" in done.stdout
     mine, theirs = head_of(tmp_path), head_of(earlier)
     assert jax.tree.all(jax.tree.map(np.array_equal, mine, theirs))
+    first = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])  # what tuning is compared with
+    assert first["stage"] == "pretrain" and first["weights"]["sha256"] == weights_of(earlier, "pretrain")
     tuned = provenance_of(tmp_path, "tune")
     origins = [origin["name"] for origin in tuned["derived_from"]]
     assert origins == ["tiny", "mae_full.pth"] and tuned["license"] == "unknown"
