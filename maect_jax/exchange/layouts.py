@@ -105,6 +105,11 @@ LAYOUTS: dict[str, list[Row]] = {
     "maect_head_stage3": [*_NNCLR_HEAD, *mlp("target_projector", "target.params", "target.batch_stats", _PROJECTOR)],
     **_hf("hf4", "encoder.layer", _HF4_BLOCK),
     **_hf("hf5", "layers", _HF5_BLOCK),
+    # what `save_pretrained` of version 5 makes of the decoder's names, and loads again
+    "hf5_saved_pretraining": [
+        *_hf_encoder("vit.", "encoder.layer", _HF4_BLOCK),
+        *_decoder("decoder.", "decoder_encoder.layer", _HF4_BLOCK),
+    ],
 }
 WITHOUT_CLASS_ROW = ("maect_encoder",)  # position tables of patches only
 ENCODERS = tuple(name for name, rows in LAYOUTS.items() if any(row.path.startswith("encoder.") for row in rows))
