@@ -15,6 +15,7 @@ from maect_jax.data.pipeline import evaluation_batches
 from maect_jax.data.sources import Source
 from maect_jax.evaluation.cache import FeatureCache
 from maect_jax.evaluation.features import Features, elementary, extract, make_extractor
+from maect_jax.exchange.provenance import Provenance
 from maect_jax.models.vit import ViT
 from maect_jax.parallel.mesh import batch_sharding
 from maect_jax.training.stop import StopRequest
@@ -39,6 +40,7 @@ class Weights:
       channels: of the pictures, 1 or 3.
       seed: of the run; 0 for a file.
       origin: where it comes from, for the record: 'source', 'stage', 'step', 'average'.
+      provenance: the same with licence and ancestors, for what is trained on it.
     """
 
     stage: str
@@ -51,6 +53,7 @@ class Weights:
     channels: int
     seed: int
     origin: dict
+    provenance: Provenance = Provenance()
 
 
 @dataclass(frozen=True)
