@@ -53,7 +53,7 @@ class Weights:
     channels: int
     seed: int
     origin: dict
-    provenance: Provenance = Provenance()
+    provenance: Provenance = field(default_factory=Provenance)
 
 
 @dataclass(frozen=True)

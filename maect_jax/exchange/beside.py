@@ -16,14 +16,37 @@ from maect_jax.exchange import provenance
 from maect_jax.exchange.provenance import Provenance
 
 NOTE = "maect_jax"  # key in the header
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # those that a config.json beside them speaks of
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # those that a config.json beside them speaks of
+# of timm's ViT, those that shapes tell, or that change nothing in what is computed here
+_TIMM_ARGUMENTS = (
+    "img_size",
+    "patch_size",
+    "in_chans",
+    "num_classes",
+    "global_pool",
+    "embed_dim",
+    "depth",
+    "num_heads",
+)
+_TIMM_ARGUMENTS += ("mlp_ratio", "qkv_bias", "class_token", "no_embed_class", "fc_norm", "dynamic_img_size")
+_TIMM_ARGUMENTS += (
+    "dynamic_img_pad",
+    "drop_rate",
+    "pos_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+    "drop_path_rate",
+)
 _MAX_TEXT = 1 << 24  # bytes
 _MAX_DEPTH = 32  # objects in objects
 
 
 @dataclass(frozen=True)
 class Said:
-    """Facts about a model that its tensors do not tell; None = nothing says."""
+    """Facts about a model that its tensors do not tell; None = nothing says.
+
+    `epsilon` is that of its LayerNorms; `unlike` are settings with which it computes something else than our models.
+    """
 
     heads: int | None = None
     decoder_heads: int | None = None
@@ -35,7 +58,8 @@ class Said:
     normalised_pixels: bool | None = None
     classes: tuple[str, ...] | None = None
     license: str | None = None
-    activation: str | None = None
+    epsilon: float | None = None
+    unlike: tuple[str, ...] | None = None
     provenance: Provenance | None = None
 
 
@@ -67,7 +91,7 @@ def said(path: Path, notes: dict[str, Any]) -> Said:
     found = _checked(own)
     if isinstance(own.get("provenance"), dict):
         found = replace(found, provenance=provenance.from_dict(own["provenance"]))
-    if path.name in _HUB_FILES:
+    if path.name in HUB_FILES:
         config, processor = (_read_json(path.parent / name) for name in ("config.json", "preprocessor_config.json"))
         for source in (_of_timm(config), _of_transformers(config, processor)):
             found = _first(found, _checked(source))
@@ -78,7 +102,11 @@ def said(path: Path, notes: dict[str, Any]) -> Said:
 def _of_timm(config: dict) -> dict:
     arguments, pretrained = (_dict(config.get(name)) for name in ("model_args", "pretrained_cfg"))
     crop = _number(pretrained.get("crop_pct"))
+    unlike = [f"{name} {value!r}" for name, value in arguments.items() if name not in _TIMM_ARGUMENTS and value]
+    if config.get("global_pool") not in (None, "", "token", "avg"):
+        unlike.append(f"global_pool {config['global_pool']!r}")
     return {
+        "unlike": unlike,
         "heads": arguments.get("num_heads"),
         "pooling": {"avg": "mean", "token": "cls"}.get(str(config.get("global_pool"))),
         "mean": pretrained.get("mean"),
@@ -91,19 +119,22 @@ def _of_timm(config: dict) -> dict:
 
 def _of_transformers(config: dict, processor: dict) -> dict:
     labels = _dict(config.get("id2label"))
-    short, crop = (
-        _number(_dict(processor.get(n)).get(k)) for n, k in (("size", "shortest_edge"), ("crop_size", "height"))
-    )
     indices = [str(i) for i in range(len(labels))]
+    size, crop = _dict(processor.get("size")), _dict(processor.get("crop_size"))
+    short, side = _number(size.get("shortest_edge")), _number(crop.get("height"))
+    whole = "height" in size and not processor.get("do_center_crop")  # squashed to a square; here the aspect is kept
+    plain = processor.get("do_normalize") is False
+    activation = config.get("hidden_act", "gelu")
     return {
         "heads": config.get("num_attention_heads"),
         "decoder_heads": config.get("decoder_num_attention_heads"),
         "mask_ratio": config.get("mask_ratio"),
         "normalised_pixels": config.get("norm_pix_loss"),
-        "activation": config.get("hidden_act"),
-        "resize_ratio": short / crop if short and crop else None,
-        "mean": processor.get("image_mean"),
-        "std": processor.get("image_std"),
+        "epsilon": config.get("layer_norm_eps"),
+        "unlike": [f"hidden_act {activation!r}"] if activation != "gelu" else [],
+        "resize_ratio": 1.0 if whole else short / side if short and side else None,
+        "mean": [0.0, 0.0, 0.0] if plain else processor.get("image_mean"),
+        "std": [1.0, 1.0, 1.0] if plain else processor.get("image_std"),
         "classes": [labels[i] for i in indices] if labels.keys() == set(indices) else None,
     }
 
@@ -114,7 +145,7 @@ def _checked(values: dict) -> Said:
     for name in ("heads", "decoder_heads"):
         if type(values.get(name)) is int and 0 < values[name] < 1000:
             good[name] = values[name]
-    for name, low, high in (("resize_ratio", 1.0, 4.0), ("mask_ratio", 0.0, 1.0)):
+    for name, low, high in (("resize_ratio", 1.0, 4.0), ("mask_ratio", 0.0, 1.0), ("epsilon", 0.0, 1.0)):
         value = _number(values.get(name))
         if value is not None and low <= value <= high and (name, value) != ("mask_ratio", 0.0):
             good[name] = value  # a ratio of 0 is how exported features are had, not how the model was trained
@@ -130,9 +161,10 @@ def _checked(values: dict) -> Said:
     classes = values.get("classes")
     if isinstance(classes, list) and all(isinstance(name, str) for name in classes):
         good["classes"] = tuple(_printable(name) for name in classes)
-    for name in ("license", "activation"):
-        if isinstance(values.get(name), str):
-            good[name] = _printable(values[name])
+    if isinstance(values.get("license"), str):
+        good["license"] = _printable(values["license"])
+    if values.get("unlike"):
+        good["unlike"] = tuple(_printable(text) for text in values["unlike"][:20] if isinstance(text, str))
     return Said(**good)
 
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from maect_jax.errors import CheckpointError, ConfigError
 from maect_jax.exchange import positions
-from maect_jax.exchange.beside import Said, said
-from maect_jax.exchange.layouts import ENCODERS, LAYOUTS
+from maect_jax.exchange.beside import HUB_FILES, Said, said
+from maect_jax.exchange.fitting import check_patterns, fitting_layout, missing_parts, without_parts
+from maect_jax.exchange.layouts import LAYOUTS
 from maect_jax.exchange.licenses import license_of
-from maect_jax.exchange.mapping import from_layout, misfits
+from maect_jax.exchange.mapping import from_layout
 from maect_jax.exchange.model import Model
 from maect_jax.exchange.provenance import Provenance
 from maect_jax.exchange.pth import refusal
@@ -23,7 +24,7 @@ from maect_jax.exchange.tensors import read_notes, read_tensors, some
 from maect_jax.models.mae import Decoder
 from maect_jax.models.vit import ViT
 
-_PARTS = ("encoder.norm", "decoder", "fc_norm", "head", "pooler")  # what a model may lack, as a whole
+PUBLISHED_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16}  # width of an encoder -> heads
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def find_file(path: str | PathLike) -> Path:
     path = Path(path)
     if not path.is_dir():
         return path
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in HUB_FILES:
         if (path / name).is_file():
             return path / name
         if (path / f"{name}.index.json").is_file():
@@ -74,6 +75,8 @@ def open_model(
     image_size: int | None = None,
     heads: int | None = None,
     decoder_heads: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
     allow_missing: Iterable[str] = (),
 ) -> Opened:
     """The model in a weights file of any published layout; see `tensors.read_tensors` for the files.
@@ -83,21 +86,23 @@ def open_model(
       image_size: pixels a side, a multiple of the patch, instead of the size in the file. A fixed position table is
         computed for it, a learned one resized; see `positions.RESIZED`.
       heads, decoder_heads: attention heads, which no shape tells. Default: what is said beside the weights, else the
-        published number: one a 64 channels (16 for the 1280 of ViT-H), 16 in a decoder of width 512.
+        published number for the width, see `PUBLISHED_HEADS`.
+      mean, std: of the pictures, a channel; instead of what is said.
       allow_missing: patterns of parts that the file may lack, such as 'decoder/*'.
 
     Raises:
       CheckpointError: the file can not be read, fits no layout name for name, or holds weights that are no real
         numbers or that our models do not compute with.
-      ConfigError: `image_size` or `heads` does not fit the file, or `heads` is needed.
+      ConfigError: `image_size`, `heads` or `mean` does not fit the file, `heads` is needed, or a pattern names no part.
     """
     path, allow_missing = find_file(path), tuple(allow_missing)
+    check_patterns(allow_missing)
     tensors, _ = read_tensors(path)
-    layout = _layout_of(path, tensors, allow_missing)
+    layout = fitting_layout(path, tensors, allow_missing)
     integers = [name for name, tensor in tensors.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)]
     if integers:
         raise refusal(path, f"weights that are no real numbers: {some(integers)}")
-    changes = _check_missing(path, tensors, layout)
+    changes = missing_parts(path, tensors, layout)
     kernel, table = (_first(tensors, layout, kind) for kind in ("patch", "positions"))
     width, channels, patch, _ = kernel.shape
     grid = round(table.shape[1] ** 0.5)  # a class row more or less rounds away
@@ -106,16 +111,26 @@ def open_model(
     except CheckpointError as error:
         raise refusal(path, error) from None
     del tensors
-    tree = _without_parts(tree, changes)
+    tree = without_parts(tree, changes)
     if "pooler" in tree:
         del tree["pooler"]
         changes["pooler"] = "its map after the CLS token (pooler) is left out: no feature here is made with it"
     notes = read_notes(path)
     facts = with_published_heads(said(path, notes), width, tree)
+    given = {name: value for name, value in (("mean", mean), ("std", std)) if value}
+    facts = replace(facts, **given)
     if _resized(path, tree["encoder"], patch, grid, image_size):
-        changes["positions"] = f"learned positions resized from {grid} x {grid}: {positions.RESIZED}"
-    if facts.activation not in (None, "gelu"):
-        raise refusal(path, f"config.json says hidden_act '{facts.activation}'; only gelu is computed here")
+        changes["positions"] = positions.resize_note(grid, image_size // patch)
+    averages = [name for name in notes if "ema" in name.lower()]
+    if averages:
+        changes["average"] = f"beside the weights lies {averages[0]!a}, which is not read: these are not averaged"
+    if facts.epsilon not in (None, 1e-6, 1e-12):
+        changes["epsilon"] = f"config.json says layer_norm_eps {facts.epsilon:g}; computed here is 1e-6"
+    if facts.unlike:
+        raise refusal(path, f"config.json says {', '.join(facts.unlike)}, with which our models do not compute")
+    for name, value in given.items():
+        if len(value) != channels:
+            raise ConfigError(f"{name}: {len(value)} values; the pictures of {path} have {channels} channels")
     if (facts.mean is None or facts.std is None) and "pos_embed" in tree["encoder"] and layout != "mae_finetuned":
         changes["mean"] = "nothing says its pictures' mean and deviation; ImageNet's are taken unless others are given"
     encoder = ViT(
@@ -149,67 +164,9 @@ def open_model(
     return Opened(model, layout, sha256, facts, tuple(changes.values()))
 
 
-def _layout_of(path: Path, tensors: Mapping[str, np.ndarray], allow_missing: tuple[str, ...]) -> str:
-    """The layout of an encoder that the tensors fit; of several that which needs the fewest allowances.
-
-    Raises:
-      CheckpointError: there is none; lists what differs from the nearest.
-    """
-    others = [name for name in LAYOUTS if name not in ENCODERS and not _count(misfits(tensors, name))]
-    if others:
-        kind = "a linear probe; give it to convert as --head" if others[0] == "maect_probe" else "an NNCLR head"
-        raise refusal(path, f"holds no encoder but {kind}")
-    differences = {layout: misfits(tensors, layout, allow_missing) for layout in ENCODERS}
-    allowed = {layout: _count(misfits(tensors, layout)) - _count(differences[layout]) for layout in ENCODERS}
-    nearest = min(ENCODERS, key=lambda layout: (_count(differences[layout]), allowed[layout]))
-    lists = [f"{len(items)} {title}: {some(items)}" for title, items in differences[nearest].items() if items]
-    if lists:
-        found = "; ".join(lists)
-        more = "; `python -m maect_jax inspect` lists all" if " more" in found else ""
-        raise refusal(path, f"fits no known layout; compared with the nearest, {nearest}: {found}{more}")
-    return nearest
-
-
-def _count(differences: Mapping[str, list[str]]) -> int:
-    return sum(map(len, differences.values()))
-
-
 def _first(tensors: Mapping[str, np.ndarray], layout: str, kind: str) -> np.ndarray:
     """The tensor of the first row of a kind, which is the encoder's."""
     return next(tensors[row.names[0]] for row in LAYOUTS[layout] if row.kind == kind)
-
-
-def _check_missing(path: Path, tensors: Mapping[str, np.ndarray], layout: str) -> dict[str, str]:
-    """Part -> a sentence for each part of which something is missing, as it was allowed to be.
-
-    Raises:
-      CheckpointError: what is missing can not be done without.
-    """
-    missing = set(misfits(tensors, layout)["missing"])
-    found: dict[str, list[str]] = {}
-    for row in LAYOUTS[layout]:
-        lost = [name for name in missing if any(_is_block(name, of_row) for of_row in row.names)]
-        part = next((part for part in _PARTS if row.path.startswith(f"{part}.")), "")
-        if lost and not part:
-            raise refusal(path, f"lacks what no encoder can do without: {some(sorted(lost))}")
-        if lost:
-            found.setdefault(part, []).extend(lost)
-    return {part: f"left out {part}, allowed to be missing: no {some(sorted(lost))}" for part, lost in found.items()}
-
-
-def _is_block(name: str, of_row: str) -> bool:
-    """Whether a tensor's name is that of a row, in any block."""
-    before, stacked, after = of_row.partition("{i}")
-    if not stacked:
-        return name == of_row
-    return name.startswith(before) and name.endswith(after) and name[len(before) : len(name) - len(after)].isdigit()
-
-
-def _without_parts(tree: dict, parts: Iterable[str]) -> dict:
-    kept = {name: part for name, part in tree.items() if name not in parts}
-    if "encoder.norm" in parts:
-        kept["encoder"] = {name: leaf for name, leaf in kept["encoder"].items() if name != "norm"}
-    return kept
 
 
 def _resized(path: Path, encoder: dict, patch: int, grid: int, image_size: int | None) -> bool:
@@ -244,10 +201,13 @@ def _checked_heads(path: Path, key: str, width: int, heads: int | None) -> int:
 
 
 def with_published_heads(facts: Said, width: int, tree: dict) -> Said:
-    """Where nothing is said: one head a 64 channels (16 for the 1280 of ViT-H), 16 in a decoder of width 512."""
-    published = 16 if width == 1280 else width // 64 if width % 64 == 0 else None
-    of_decoder = 16 if "decoder" in tree and tree["decoder"]["predict"]["kernel"].shape[0] == 512 else None
-    return replace(facts, heads=facts.heads or published, decoder_heads=facts.decoder_heads or of_decoder)
+    """Where nothing is said, the number that is published for the width."""
+    decoder = tree["decoder"]["predict"]["kernel"].shape[0] if "decoder" in tree else None
+    return replace(
+        facts,
+        heads=facts.heads or PUBLISHED_HEADS.get(width),
+        decoder_heads=facts.decoder_heads or (16 if decoder == 512 else None),
+    )
 
 
 def _decoder(path: Path, tree: dict, encoder: ViT, channels: int, heads: int | None) -> Decoder | None:

@@ -92,6 +92,7 @@ LAYOUTS: dict[str, list[Row]] = {
     "mae_official_encoder": _TIMM,
     "mae_finetuned": [*_UNNORMED, *affine("fc_norm", "fc_norm", "same", "d"), *_TIMM_HEAD],
     "timm_mae": _TIMM,
+    "timm_fc_norm": [*_UNNORMED, *affine("fc_norm", "fc_norm", "same", "d")],
     "timm_classifier": [*_TIMM, *_TIMM_HEAD],
     "maect_encoder": _TIMM,
     "maect_probe": [

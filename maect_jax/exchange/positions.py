@@ -32,6 +32,11 @@ def is_fixed(table_1nd: np.ndarray) -> bool:
     return bool(np.abs(difference).max() <= tolerance)
 
 
+def resize_note(old: int, new: int) -> str:
+    """What is said of a table that was resized, for records and cards."""
+    return f"learned positions resized from {old} x {old} to {new} x {new} patches: {RESIZED}"
+
+
 def resize(table_1nd: np.ndarray, grid: int) -> np.ndarray:
     """A learned table for another number of patches a side; see `RESIZED`. The class row stays as it is.
 

@@ -17,10 +17,11 @@ UNKNOWN = "unknown"
 NONE_STATED = "none stated"
 MAE_LICENSE = "CC-BY-NC-4.0"
 
-# From free to strict. A licence that is not listed counts as permissive, one with "nc" or "non-commercial" in it as
-# non-commercial.
-_STRICTNESS = {OWN: 0, UNKNOWN: 2, "other": 2, NONE_STATED: 4}
-_PERMISSIVE, _NON_COMMERCIAL = 1, 3
+# From free to strict. A licence that is not listed counts as one that is not known, one with "nc" or "non-commercial"
+# in it as non-commercial.
+_STRICTNESS = {OWN: 0, UNKNOWN: 2, NONE_STATED: 4}
+_STRICTNESS |= dict.fromkeys(("apache 2.0", "mit", "bsd 2 clause", "bsd 3 clause", "isc", "cc0 1.0", "cc by 4.0"), 1)
+_NON_COMMERCIAL = 3
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,15 @@ def from_dict(values: Mapping[str, Any]) -> Provenance:
 
 
 def without_place(name: str) -> str:
-    """The name of pictures or weights, of a full path its last part: weights travel, machines do not."""
-    return PurePosixPath(name).name if name.startswith(("/", "~")) or "://" in name else name
+    """The name of pictures or weights, of a path its last part: weights travel, machines do not."""
+    return PurePosixPath(name).name if name.startswith(("/", "~", ".")) or "://" in name else name
 
 
 def strictness(license: str) -> int:
     """How much a licence forbids, 0 (own weights) to 4 (no licence stated)."""
     words = license.lower().replace("_", " ").replace("-", " ")
     restricted = " nc" in words or "noncommercial" in words.replace(" ", "")
-    return _STRICTNESS.get(words, _NON_COMMERCIAL if restricted else _PERMISSIVE)
+    return _STRICTNESS.get(words, _NON_COMMERCIAL if restricted else _STRICTNESS[UNKNOWN])
 
 
 def strictest(*provenances: Provenance) -> tuple[str, str]:
@@ -118,6 +119,8 @@ def stated(provenance: Provenance, license: str, reason: str) -> Provenance:
       ConfigError: it is looser than the one the weights carry, and no reason is given.
     """
     if not license:
+        if reason:
+            raise ConfigError("--license-reason: says why a licence is stated; give that, too, as --license")
         return provenance
     if strictness(license) < strictness(provenance.license) and not reason:
         raise ConfigError(
