@@ -8,16 +8,21 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from maect_jax.errors import ConfigError
-from maect_jax.exchange.files import Opened, open_model
+from maect_jax.exchange.beside import HUB_FILES
+from maect_jax.exchange.files import Opened, find_file, hashes, open_model
+from maect_jax.exchange.fitting import allows
 from maect_jax.training.checkpoint import absolute
-
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def is_weights_file(init_from: str) -> bool:
     """Whether `init_from` names a weights file, or a folder that is no run but has one."""
     root = absolute(init_from or ".")
-    return bool(init_from) and (root.is_file() or any((root / name).is_file() for name in _HUB_FILES))
+    return bool(init_from) and (root.is_file() or any((root / name).is_file() for name in HUB_FILES))
+
+
+def file_hash(init_from: str) -> str:
+    """SHA-256 of the weights file."""
+    return hashes(find_file(absolute(init_from)))[0]
 
 
 def open_initial(config: ConfigDict) -> Opened:
@@ -41,7 +46,7 @@ def open_initial(config: ConfigDict) -> Opened:
 
 
 def sources_of(config: ConfigDict, stage: str, opened: Opened) -> dict:
-    """What `stage` starts from, as `handover.stage_sources`.
+    """What `stage` starts from, as `handover.stage_sources`; a head of the file is not used.
 
     Raises:
       ConfigError: the file lacks what the stage starts from, and it was not allowed to.
@@ -62,7 +67,7 @@ def sources_of(config: ConfigDict, stage: str, opened: Opened) -> dict:
         f"config.init_from: '{config.init_from}' has no {part.replace('/', ' ')}, which stage '{stage}' starts from; "
         f"--config.allow_missing='{part}/*' starts it afresh"
         for part in lacking
-        if f"{part}/*" not in _allowed(config)
+        if not allows(_allowed(config), part)
     ]
     if problems:
         raise ConfigError(problems)
@@ -85,7 +90,8 @@ def _differences(config: ConfigDict, opened: Opened) -> list[str]:
         "channels": opened.model.channels,
         "positions": learned,
     }
-    if decoder is not None and config.stages[0] in ("pretrain", "control"):
+    with_decoder = decoder is not None and config.stages[0] in ("pretrain", "control")
+    if with_decoder:
         heads = opened.said.decoder_heads or decoder.heads
         found |= {"decoder.width": decoder.width, "decoder.depth": decoder.depth, "decoder.heads": heads}
     found = {f"model.{key}": value for key, value in found.items()}
@@ -93,15 +99,17 @@ def _differences(config: ConfigDict, opened: Opened) -> list[str]:
         value, mine = getattr(opened.said, key), config.data[key]
         if value and len(value) == len(mine) and not np.allclose(value, mine, atol=1e-3):
             found[f"data.{key}"] = tuple(round(x, 4) for x in value)
+    pixels = opened.said.normalised_pixels
+    if with_decoder and pixels is not None:
+        found["pretrain.normalise_pixels"] = pixels
     problems = []
     for key, value in found.items():
         section, _, name = key.rpartition(".")
         mine, text = config[section][name], str(value).replace(" ", "").strip("()")
         if mine != value:
             problems.append(f"config.{key} = {mine!r}: '{config.init_from}' has {value!r}; set --config.{key}={text}")
-    ratios = [encoder.mlp_ratio] + ([decoder.mlp_ratio] if decoder is not None and len(found) > 6 else [])
-    if any(ratio != 4 for ratio in ratios):
-        problems.append(
-            f"config.init_from: '{config.init_from}' has MLPs {ratios[0]} times as wide; runs train 4 times"
-        )
+    for part, module in (("encoder", encoder), ("decoder", decoder if with_decoder else None)):
+        if module is not None and module.mlp_ratio != 4:
+            wide = f"{module.mlp_ratio} times as wide; runs train 4 times"
+            problems.append(f"config.init_from: '{config.init_from}' has, in its {part}, MLPs {wide}")
     return problems

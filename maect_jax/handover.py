@@ -14,6 +14,7 @@ from maect_jax import foreign
 from maect_jax.config import TRAINED, plain
 from maect_jax.context import Run
 from maect_jax.errors import CheckpointError, ConfigError
+from maect_jax.exchange.files import Opened
 from maect_jax.exchange.provenance import Provenance, from_dict, trained, without_place
 from maect_jax.models.vit import join_blocks
 from maect_jax.parallel.mesh import replicated
@@ -151,7 +152,11 @@ def stage_sources(run: Run, stage: str, wanted: dict) -> tuple[dict, Provenance]
         for note in opened.notes:
             run.say(f"{stage}: {config.init_from}: {note}")
         sources = foreign.sources_of(config, stage, opened)
-        before, origin, where = opened.model.provenance, None, config.init_from
+        before, origin = _of_file(opened, config.init_from)
+        where = config.init_from
+        for part in ("head", "fc_norm"):
+            if part in opened.model.params:
+                run.say(f"{stage}: {config.init_from}: its {part} is not used")
         run.say(f"{stage}: starts from {config.init_from} ({opened.layout}; licence: {before.license})")
     else:
         sources, before, origin, where = _from_run(run, stage)
@@ -160,6 +165,16 @@ def stage_sources(run: Run, stage: str, wanted: dict) -> tuple[dict, Provenance]
     recipe = _without_places(plain(config))
     about = {"stage": stage, "recipe": recipe, "trained_on": recipe["data"]["train"], "average": average}
     return sources, trained(before, origin, **about)
+
+
+def _of_file(opened: Opened, init_from: str) -> tuple[Provenance, dict]:
+    """Provenance of the weights in a file, and the entry that names it with what was done to them."""
+    before = opened.model.provenance
+    entry = {"name": epath.Path(init_from).name, "sha256": opened.sha256, "layout": opened.layout}
+    entry |= {"license": before.license} | ({"notes": list(opened.notes)} if opened.notes else {})
+    entry |= {"stage": before.stage, "step": before.step} if before.code_version else {}
+    rest = tuple(step for step in before.derived_from if step.get("sha256") != opened.sha256)
+    return replace(before, derived_from=rest), entry
 
 
 def _without_places(recipe: dict) -> dict:

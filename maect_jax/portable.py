@@ -67,13 +67,17 @@ def open_portable(
         image_size=instead.image_size,
         heads=instead.heads,
         decoder_heads=decoder_heads,
+        mean=instead.mean,
+        std=instead.std,
         allow_missing=instead.allow_missing,
     )
+    if decoder_heads and opened.model.decoder is None:
+        raise ConfigError(f"--decoder-heads: '{path}' has no decoder; leave it out")
     return Portable(with_changes(opened.model, instead), opened.notes)
 
 
 def _of_run(path: str, run: epath.Path, mesh: Mesh, instead: Instead, raw: bool) -> Portable:
-    config = settings_with(path, run_settings(run), instead)
+    config, notes = settings_with(path, run_settings(run), instead)
     trained = trained_at(path, run, config)[-1]
     if raw and trained.stage != "tune":
         raise ConfigError(f"--raw: stage '{trained.stage}' of '{path}' has no moving average; leave it out")
@@ -99,7 +103,7 @@ def _of_run(path: str, run: epath.Path, mesh: Mesh, instead: Instead, raw: bool)
         mask_ratio=config.pretrain.mask_ratio,
         normalised_pixels=config.pretrain.normalise_pixels,
     )
-    return Portable(model, (), tuple(read_records(run / "results.jsonl")), run, trained)
+    return Portable(model, notes, tuple(read_records(run / "results.jsonl")), run, trained)
 
 
 def encoder_only(model: Model) -> Model:

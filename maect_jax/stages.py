@@ -15,6 +15,7 @@ from maect_jax.config import TRAINED, plain, updates_of
 from maect_jax.context import Run
 from maect_jax.data.pipeline import training_batches
 from maect_jax.evaluation.health import health
+from maect_jax.foreign import file_hash
 from maect_jax.handover import encoder_of, evaluated_folders, parts_of, read_done, stage_sources
 from maect_jax.parallel.mesh import batch_sharding
 from maect_jax.results.record import weights_hash
@@ -41,10 +42,13 @@ def run_evaluation(run: Run) -> None:
     folders = evaluated_folders(run.config, run.workdir)
     settings = plain(run.config.evaluate)
     weights = {stage: read_done(folder)["weights"] for stage, folder in folders.items()}
+    earlier = read_done(marker.parent) if marker.exists() else {}
     if evaluate.starts_from_file(run.config, run.workdir):
-        weights["pretrain"] = run.config.init_from
+        weights["pretrain"] = file_hash(run.config.init_from)
+    elif run.config.init_from and "pretrain" not in weights and "pretrain" in earlier.get("weights", {}):
+        weights["pretrain"] = earlier["weights"]["pretrain"]  # the file was evaluated, and is gone now
     what = {"weights": weights, "settings": settings}
-    if marker.exists() and {key: read_done(marker.parent).get(key) for key in what} == what:
+    if marker.exists() and {key: earlier.get(key) for key in what} == what:
         run.say("evaluate: done already")
         return
     began = time.perf_counter()

@@ -14,7 +14,7 @@ from maect_jax.errors import ConfigError
 from maect_jax.evaluation.task import Weights
 from maect_jax.exchange.files import open_model
 from maect_jax.exchange.model import Model
-from maect_jax.exchange.positions import grid_of, resize
+from maect_jax.exchange.positions import grid_of, resize, resize_note
 from maect_jax.trained import Trained, run_folder, run_settings, trained_at
 from maect_jax.training.checkpoint import absolute
 
@@ -63,12 +63,13 @@ def open_weights(path: str, mesh: Mesh, instead: Instead = Instead()) -> list[We
     run = run_folder(path)
     if run is None:
         return [_of_file(root, path, instead)]
-    config = settings_with(path, run_settings(run), instead)
-    return [weights for trained in trained_at(path, run, config) for weights in of_trained(config, trained, mesh, path)]
+    config, notes = settings_with(path, run_settings(run), instead)
+    found = trained_at(path, run, config)
+    return [weights for trained in found for weights in of_trained(config, trained, mesh, path, notes)]
 
 
-def settings_with(path: str, config: ConfigDict, instead: Instead) -> ConfigDict:
-    """A run's settings with what is to be taken instead.
+def settings_with(path: str, config: ConfigDict, instead: Instead) -> tuple[ConfigDict, tuple[str, ...]]:
+    """A run's settings with what is to be taken instead, and a sentence each on what that does to the weights.
 
     Raises:
       ConfigError: something can not be taken instead.
@@ -77,6 +78,7 @@ def settings_with(path: str, config: ConfigDict, instead: Instead) -> ConfigDict
         if getattr(instead, name):
             option = name.replace("_", "-")
             raise ConfigError(f"--{option}: for weights files; '{path}' is a run, which knows; leave it out")
+    grid = config.model.image_size // config.model.patch
     for section, key in ((config.model, "pooling"), (config.model, "image_size"), (config.model, "dtype")):
         section[key] = getattr(instead, key) or section[key]
     config.data.resize_ratio = instead.resize_ratio or config.data.resize_ratio
@@ -84,13 +86,18 @@ def settings_with(path: str, config: ConfigDict, instead: Instead) -> ConfigDict
         raise ConfigError(
             f"--image-size {config.model.image_size}: must be a multiple of the patch, {config.model.patch}"
         )
-    return config
+    new = config.model.image_size // config.model.patch
+    return config, (resize_note(grid, new),) if new != grid and config.model.positions == "learned" else ()
 
 
-def of_trained(config: ConfigDict, trained: Trained, mesh: Mesh, source: str) -> list[Weights]:
+def of_trained(
+    config: ConfigDict, trained: Trained, mesh: Mesh, source: str, notes: tuple[str, ...] = ()
+) -> list[Weights]:
     """The encoder of a stage or checkpoint; after tuning also the raw one beside its moving average."""
     encoder = assemble.build_encoder(config)
     origin = {"source": source, "stage": trained.stage, "step": trained.step}
+    origin |= {"notes": list(notes)} if notes else {}
+    provenance = handover.provenance_of(trained.checkpoint)
     tuned = trained.stage == "tune"
     averaged = f"exponential, {config.tune.ema_factor}" if tuned else "none"
 
@@ -105,7 +112,8 @@ def of_trained(config: ConfigDict, trained: Trained, mesh: Mesh, source: str) ->
             resize_ratio=config.data.resize_ratio,
             channels=config.model.channels,
             seed=config.seed,
-            origin=origin | {"average": average},
+            origin=origin | {"average": average, "license": provenance.license},
+            provenance=replace(provenance, average=average),
         )
 
     found = [weights(trained.name, averaged, handover.encoder_of)]
@@ -125,7 +133,14 @@ def for_grid(encoder: dict, grid: int) -> dict:
 
 def _of_file(file: epath.Path, source: str, instead: Instead) -> Weights:
     """An encoder from others."""
-    opened = open_model(file, image_size=instead.image_size, heads=instead.heads, allow_missing=instead.allow_missing)
+    opened = open_model(
+        file,
+        image_size=instead.image_size,
+        heads=instead.heads,
+        mean=instead.mean,
+        std=instead.std,
+        allow_missing=instead.allow_missing,
+    )
     model = with_changes(opened.model, instead)
     if model.channels not in (1, 3):
         raise ConfigError(f"--weights: '{source}' takes {model.channels} channels; pictures to evaluate have 1 or 3")
@@ -142,19 +157,13 @@ def _of_file(file: epath.Path, source: str, instead: Instead) -> Weights:
         channels=model.channels,
         seed=0,
         origin=origin | ({"notes": list(opened.notes)} if opened.notes else {}),
+        provenance=model.provenance,
     )
 
 
 def with_changes(model: Model, instead: Instead) -> Model:
-    """A file's model with what is to be taken instead of what it says; size and heads are in it already.
-
-    Raises:
-      ConfigError: means or deviations that do not fit its channels.
-    """
-    given = {name: getattr(instead, name) for name in ("pooling", "resize_ratio", "mean", "std")}
-    for name in ("mean", "std"):
-        if given[name] and len(given[name]) != model.channels:
-            raise ConfigError(f"--{name}: {len(given[name])} values; '{model.name}' has {model.channels} channels")
+    """A file's model with what is to be taken instead of what it says; all else is in it already."""
+    given = {name: getattr(instead, name) for name in ("pooling", "resize_ratio")}
     return replace(model, **{name: value for name, value in given.items() if value is not None})
 
 
@@ -174,6 +183,7 @@ def of_initial(config: ConfigDict) -> Weights:
         channels=config.model.channels,
         seed=config.seed,
         origin=origin | {"license": opened.model.provenance.license, "average": "none"},
+        provenance=opened.model.provenance,
     )
 
 

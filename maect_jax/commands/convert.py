@@ -77,11 +77,17 @@ def chosen(found: Portable, arguments: argparse.Namespace) -> Model:
     """The model with the parts and the licence that the command line asks for."""
     model = found.model
     if arguments.pixels:
-        if model.decoder is None:
-            raise ConfigError(f"--pixels: '{arguments.weights}' has no decoder; leave it out")
+        if model.decoder is None or found.run is not None:
+            why = "is a run, which knows" if found.run is not None else "has no decoder"
+            raise ConfigError(f"--pixels: '{arguments.weights}' {why}; leave it out")
         model = replace(model, normalised_pixels=arguments.pixels == "normalised")
     if arguments.encoder_only or arguments.head:
         model = encoder_only(model)
+    if arguments.pooling and (arguments.head or model.has_head):
+        raise ConfigError(
+            f"--pooling: the classifier is on the feature that it was trained with; leave it out"
+            f"{'' if arguments.head else ', or take the encoder alone with --encoder-only'}"
+        )
     if arguments.head:
         path = arguments.head
         if path in ("probe", "finetuned"):

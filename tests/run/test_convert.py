@@ -89,7 +89,7 @@ def test_a_probe_and_a_fine_tuning_become_classifiers(run, tmp_path):
         with torch.no_grad():
             assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 4)
         settings = json.loads((tmp_path / head / "config.json").read_text())
-        assert settings["pretrained_cfg"]["label_names"] == ["<i>square", "bar", "disc", "dot"]
+        assert settings["label_names"] == ["<i>square", "bar", "disc", "dot"]
     convert("hf-vit", run, tmp_path / "hf", "--head", "probe")
     labels = json.loads((tmp_path / "hf" / "config.json").read_text())["id2label"]
     assert labels == {"0": "<i>square", "1": "bar", "2": "disc", "3": "dot"}
