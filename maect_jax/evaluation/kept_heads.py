@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from etils import epath
 
 from maect_jax.evaluation.probes.linear_selection import LinearResult
 from maect_jax.evaluation.task import Task
 from maect_jax.exchange.beside import NOTE, Said, said
-from maect_jax.exchange.provenance import OWN
+from maect_jax.exchange.provenance import without_place
 from maect_jax.exchange.pth import refusal
 from maect_jax.exchange.tensors import read_notes
 from maect_jax.finetuning.run import FineTuned
@@ -90,9 +89,9 @@ def _note(task: Task, name: str, found: LinearResult | FineTuned, feature: str) 
         "epoch": found.epoch,
         "held_out_accuracy": found.held_out_accuracy,
         "test_accuracy": found.accuracy,
-        "trained_on": epath.Path(task.train.name).name,
-        "tested_on": epath.Path(task.test.name).name,
-        "license": weights.origin.get("license", OWN),
+        "trained_on": without_place(task.train.name),
+        "tested_on": without_place(task.test.name),
+        "license": weights.provenance.license,
     }
 
 

@@ -86,6 +86,7 @@ def finetune(task: Task) -> Iterator[Measurement]:
             mean=weights.mean,
             std=weights.std,
             resize_ratio=weights.resize_ratio,
+            provenance=weights.provenance,
             epochs=settings.finetune_epochs,
             batch=settings.finetune_batch,
             say=task.say,

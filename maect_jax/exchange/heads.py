@@ -36,10 +36,13 @@ from maect_jax.exchange.provenance import NONE_STATED, OWN, Provenance, strictes
 from maect_jax.exchange.pth import refusal
 from maect_jax.exchange.tensors import read_tensors
 from maect_jax.finetuning.model import classifier_of
+from maect_jax.finetuning.run import finetuned_from
 from maect_jax.results.record import weights_hash
 from maect_jax.training.checkpoint import compare_trees, read_arrays
 
 MAECT_EPSILON = 1e-5  # of the batch normalisation in MAE-CT's probes
+
+FINETUNED = "maect_jax_finetuned"  # layout of a fine-tuning, in the provenance of a model that it became
 
 _EVALUATIONS = {"probe": "linear", "finetuned": "finetune"}  # kind of a head -> what makes it
 
@@ -225,18 +228,10 @@ def _finetuned(path: Path, model: Model) -> Model:
 
 def _of_finetuning(folder: Path, note: Note, model: Model) -> Provenance:
     """Trained on from the encoder, which is named where it is none of a file that is named already."""
-    before, factor = model.provenance, note.protocol.get("ema_factor")
-    encoder = {"name": model.name, "stage": before.stage, "step": before.step, "sha256": note.encoder_sha256}
-    provenance = replace(
-        _with_origin(before, encoder | {"license": before.license}) if before.code_version else before,
-        trained_on=note.trained_on,
-        recipe=note.protocol,
-        stage=note.preset,
-        step=note.step,
-        average=f"exponential, {factor}" if isinstance(factor, float) else "none",
-    )
-    origin = {"name": folder.name, "sha256": note.sha256, "layout": "maect_jax_finetuned"}
-    return _with_origin(provenance, origin | {"license": note.said.license or OWN})
+    kept = {"stage": note.preset, "recipe": note.protocol, "trained_on": note.trained_on}
+    provenance = finetuned_from(model.provenance, note.encoder_sha256, **kept)
+    origin = {"name": folder.name, "sha256": note.sha256, "layout": FINETUNED, "license": note.said.license or OWN}
+    return _with_origin(replace(provenance, step=note.step), origin)
 
 
 def _read_classifier(folder: Path, classifier, model: Model) -> dict:

@@ -111,7 +111,8 @@ class Monitor:
       held_out, test: batches of the pictures; see `score`.
       chosen: where the weights of the chosen epoch go. The two newest choices stay, so that the older one is there
         when a run is killed before the checkpoint that counts on the newer one.
-      meta: of the run's checkpoints; its 'epochs' is continued (None = none yet) and kept up to date.
+      meta: of the run's checkpoints; its 'epochs' is continued (None = none yet) and kept up to date. The chosen
+        weights get its 'stage', 'provenance' and 'classes'.
       check: called before each batch; may raise to stop.
     """
 
@@ -135,7 +136,8 @@ class Monitor:
             score(self._scorer, params, batches, self._check) for batches in (self._held_out, self._test)
         )
         if self.epochs.add(on_held_out, on_test):
-            self._chosen.save(step, {"params": params}, {"stage": self._meta["stage"]})
+            about = {name: self._meta[name] for name in ("stage", "provenance", "classes")}
+            self._chosen.save(step, {"params": params}, about)
             self._chosen.wait()
         self._meta["epochs"] = self.epochs.saved()
         return {"held_out_accuracy": on_held_out.accuracy, "test_accuracy": on_test.accuracy}

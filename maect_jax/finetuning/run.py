@@ -7,6 +7,7 @@ ends with the accuracy on held-out training pictures, which chooses the epoch, a
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from maect_jax.data.sources import Source
 from maect_jax.data.subset import SubsetSource
 from maect_jax.errors import CheckpointError
 from maect_jax.evaluation.rows import round_up
+from maect_jax.exchange.provenance import Provenance, trained, without_place
 from maect_jax.finetuning.epochs import Epochs, Monitor, make_scorer
 from maect_jax.finetuning.model import Classifier, start_params
 from maect_jax.finetuning.plan import make_plan
@@ -83,6 +85,7 @@ def fine_tune(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     resize_ratio: float,
+    provenance: Provenance = Provenance(),
     epochs: int | None = None,
     batch: int | None = None,
     name: str = "",
@@ -108,6 +111,7 @@ def fine_tune(
       seed: of order, augmentation, head and held-out rows.
       stop: asked after every update and before every measured batch.
       mean, std, resize_ratio: of the pictures; see `data.augment.normalise` and `data.pipeline.evaluation_batches`.
+      provenance: of the encoder; that of the fine-tuning is kept in its checkpoints.
       epochs: instead of the recipe's, the warm-up in proportion.
       batch: instead of the recipe's, which is cut for few rows; see `recipes.fitting_batch`.
       name: in the log; the recipe's by default.
@@ -155,6 +159,9 @@ def fine_tune(
         else:
             state = jax.jit(start, out_shardings=shardings)(jax.device_put(encoder_params, replicated(mesh)))
             meta = {"stage": name, "settings": settings, "epochs": None, "seconds": 0.0}
+        kept = {"stage": name, "recipe": protocol | {"name": name}, "trained_on": without_place(train_source.name)}
+        meta["provenance"] = finetuned_from(provenance, identity["weights"], **kept).as_dict()
+        meta["classes"] = list(train_source.classes)
         step = int(state.step)
         monitor = Monitor(
             scorer=make_scorer(plan.model, mean, std, mesh),
@@ -204,6 +211,25 @@ def fine_tune(
         checkpoints.close()
         chosen.close()
     return _result(plan.model, protocol, monitor.epochs, len(test_source), folder, clock, mesh, meta["seconds"])
+
+
+def finetuned_from(
+    before: Provenance, sha256: str, *, stage: str, recipe: dict[str, Any], trained_on: str
+) -> Provenance:
+    """Provenance of a fine-tuning.
+
+    Args:
+      before: of the encoder. One that this package has trained becomes a step of its own; for others their file is one.
+      sha256: `results.record.weights_hash` of the encoder's parameters.
+      stage, recipe: name and protocol of the fine-tuning.
+      trained_on: name of the training pictures.
+    """
+    encoder = {"name": before.recipe.get("name", before.stage), "stage": before.stage, "step": before.step}
+    encoder |= {"sha256": sha256, "license": before.license}
+    factor = recipe.get("ema_factor")
+    average = f"exponential, {factor}" if isinstance(factor, float) else "none"
+    about = {"stage": stage, "recipe": recipe, "trained_on": trained_on, "average": average}
+    return trained(before, encoder if before.code_version else None, **about)
 
 
 def _train(stage: Stage, state: TrainState, checkpoints: Checkpoints, logbook: Logbook, stop: StopRequest) -> float:

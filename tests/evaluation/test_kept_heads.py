@@ -24,12 +24,14 @@ from maect_jax.exchange.heads import find_head, open_head
 from maect_jax.exchange.model import Model
 from maect_jax.exchange.provenance import Provenance
 from maect_jax.finetuning.recipes import RECIPES
+from maect_jax.training.checkpoint import read_meta
 from maect_jax.training.stop import StopRequest
 from small import encoder_of, one_device
 
 ENCODER = encoder_of(dict(img_size=16, patch_size=4, dim=16, depth=2, heads=2))
 CLASSES = ("left", "<i>right", "above")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+MIT = Provenance("mit", "stated", stage="tune", step=3, code_version="0.1.0")
 
 
 def pictures(name, count, seed):
@@ -53,7 +55,7 @@ def params():
 
 
 def task_of(params, folder, *, pooling="mean", leader=True, **settings):
-    weights = Weights("tune, raw", ENCODER, lambda: params, pooling, MEAN, STD, 1.0, 3, 0, {"license": "mit"})
+    weights = Weights("tune, raw", ENCODER, lambda: params, pooling, MEAN, STD, 1.0, 3, 0, {}, provenance=MIT)
     usual = {"batch": 16, "probe_batch": 32, "finetune_epochs": 1, "finetune_batch": 16, "finetune_base_lr": 0.02}
     place = Place(one_device(), epath.Path(folder), StopRequest(), lambda text: None, leader)
     return make_task(weights, TRAIN, TEST, Settings(**usual | settings), place)
@@ -117,7 +119,7 @@ def test_a_kept_probe_says_what_it_is(probed):
     assert note["encoder_sha256"] == task.sha256 and note["encoder"] == task.shape()
     assert note["protocol"] == json.loads(json.dumps(measured.protocol)) and note["transform"] == task.transform()
     assert (note["test_accuracy"], note["held_out_accuracy"]) == (measured.value, measured.found["held_out_accuracy"])
-    assert (note["trained_on"], note["tested_on"], note["license"]) == ("train", "test", "mit")
+    assert (note["trained_on"], note["tested_on"], note["license"]) == ("data/train", "data/test", "mit")
 
 
 def kept_without_norm(params, folder, feature):
@@ -150,7 +152,7 @@ def test_a_probe_on_a_feature_without_a_form_is_kept_and_not_exported(params, tm
 def test_a_fine_tuning_classifies_as_it_was_measured(finetuned, params):
     folder, task, measured = finetuned
     (path,) = (folder / "finetune").iterdir()
-    before = model_of(params)
+    before = model_of(params, provenance=MIT)
     model = open_head(path, before)
     logits_bc = logits_of(model)
     assert difference(logits_bc, task.results["classifiers"]["mae-finetune"](TEST)) < 1e-5
@@ -159,7 +161,11 @@ def test_a_fine_tuning_classifies_as_it_was_measured(finetuned, params):
     assert model.encoder.learned_positions and not model.encoder.final_norm and "fc_norm" in model.params
     kernels = [m.params["encoder"]["blocks"]["fc1"]["kernel"] for m in (before, model)]
     assert np.abs(kernels[1] - kernels[0]).max() > 1e-4, "the whole encoder is the fine-tuned one"
-    assert (model.provenance.stage, model.provenance.trained_on) == ("mae-finetune", "train")
+    assert (model.provenance.stage, model.provenance.trained_on) == ("mae-finetune", "data/train")
+    kept = read_meta(path / "chosen" / str(model.provenance.step))["provenance"]
+    head, encoder = model.provenance.derived_from
+    assert kept["derived_from"] == [encoder] and encoder["sha256"] == task.sha256 and head["name"] == path.name
+    assert (kept["license"], model.provenance.license) == ("mit", "mit")
     assert model.provenance.recipe["epochs"] == 1 and model.provenance.recipe["pooling"] == "fc_norm"
 
 

@@ -9,15 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import maect_jax
 from maect_jax.data.randaugment import RandAugment
 from maect_jax.data.sources import ArraySource
 from maect_jax.errors import CheckpointError, ConfigError, DataError, Preempted
+from maect_jax.exchange.provenance import Provenance
 from maect_jax.finetuning.plan import split_rows
 from maect_jax.finetuning.recipes import RECIPES
 from maect_jax.finetuning.run import fine_tune
 from maect_jax.models.patches import patchify
 from maect_jax.parallel import mesh as meshes
 from maect_jax.parallel.mesh import make_mesh
+from maect_jax.results.record import weights_hash
+from maect_jax.training.checkpoint import newest_step_folder, read_meta
 from maect_jax.training.stop import StopRequest
 from small import encoder_of
 
@@ -29,6 +33,10 @@ RECIPE = dataclasses.replace(
     PROXY, base_lr=0.1, layer_decay=0.9, crop_scale=(0.6, 1.0), pooling="mean", **AUGMENTATIONS
 )
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
+MAE = {"name": "mae.pth", "sha256": "1" * 64, "layout": "mae_official_full", "license": "CC-BY-NC-4.0"}
+TUNED = Provenance(
+    "CC-BY-NC-4.0", "its file", (MAE,), recipe={"name": "digits"}, stage="tune", step=7, code_version="0.1.0"
+)
 
 
 def pictures(name, count, seed):
@@ -90,7 +98,7 @@ def run(data, folder, *, devices=1, fsdp=1, recipe=RECIPE, rows=ROWS, **changes)
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     folder, book = tmp_path_factory.mktemp("whole"), Book()
-    return folder, run(data, folder, logbook=book), book.losses
+    return folder, run(data, folder, logbook=book, provenance=TUNED), book.losses
 
 
 def same(a, b):
@@ -139,6 +147,19 @@ def test_the_protocol_says_what_was_done(whole):
     published = {"base_lr": 3e-5, "batch": 512, "epochs": 50, "layer_decay": 0.75, "pooling": "cls"}
     changed = found.protocol["instead_of_published"]
     assert {key: changed[key] for key in published} == published
+
+
+def test_every_checkpoint_says_where_it_comes_from_and_what_its_outputs_are(data, whole):
+    folder, found, _ = whole
+    encoder = {"name": "digits", "stage": "tune", "step": 7, "sha256": weights_hash(data[0]), "license": "CC-BY-NC-4.0"}
+    about = {"license": "CC-BY-NC-4.0", "license_source": "its file", "derived_from": [encoder, MAE]}
+    about |= {"stage": "finetune-1pct", "trained_on": "train", "average": "none", "code_version": maect_jax.__version__}
+    for checkpoint in (found.weights, newest_step_folder(folder)):
+        meta = read_meta(checkpoint)
+        assert {name: meta["provenance"][name] for name in about} == about
+        assert (meta["step"], meta["classes"]) == (int(checkpoint.name), list(CLASSES))
+        recipe = meta["provenance"]["recipe"]
+        assert (recipe["name"], recipe["epochs"], recipe["train_rows"]) == ("finetune-1pct", 4, 81)
 
 
 def test_the_test_pictures_choose_nothing(data, whole, tmp_path):
