@@ -19,11 +19,12 @@ from maect_jax.errors import CheckpointError
 
 MAGIC = b"PK\x03\x04"
 
-_MAX_FILE = 1 << 36  # bytes; a training checkpoint of a ViT-H has 8e9
+MAX_FILE = 1 << 36  # bytes of a weights file of any kind; a training checkpoint of a ViT-H has 8e9
+
 _MAX_DIRECTORY = 1 << 24  # bytes
 _MAX_MEMBERS = 100_000
 _MAX_NAME = 1_000  # bytes
-_MAX_RATIO = 20  # unpacked to packed, of the whole file: weights barely shrink, a bomb grows a thousandfold
+_MAX_RATIO = 3  # unpacked to packed, of the whole file: float32 has 1.1, bfloat16 saved as float32 2.1
 _SMALL = 1 << 20  # bytes that any file may unpack to
 
 _LOCAL = Struct("<4s5H3L2H")  # before each member
@@ -55,6 +56,7 @@ class Archive:
 
     Attributes:
       sizes: name -> unpacked bytes of every member, in the order of the directory.
+      packed: names of the members that are not stored as they are.
 
     Raises:
       CheckpointError: no zip archive, damaged, encrypted, packed otherwise than stored or deflated, two members of one
@@ -64,8 +66,8 @@ class Archive:
     def __init__(self, file: BinaryIO):
         self._file = file
         length = file.seek(0, 2)
-        if length > _MAX_FILE:
-            raise CheckpointError(f"has {length} bytes; at most {_MAX_FILE} are read")
+        if length > MAX_FILE:
+            raise CheckpointError(f"has {length} bytes; at most {MAX_FILE} are read")
         count, size, start = self._end(length)
         if count > _MAX_MEMBERS or size > _MAX_DIRECTORY:
             raise CheckpointError(
@@ -84,8 +86,12 @@ class Archive:
             self._ends[name] = end
             end = member.start
         self.sizes = {name: member.size for name, member in self._members.items()}
+        self.packed = {name for name, member in self._members.items() if member.method == _DEFLATED}
         if (content := sum(self.sizes.values())) > _MAX_RATIO * length + _SMALL:
-            raise CheckpointError(f"declares {content} bytes of content in a file of {length}")
+            raise CheckpointError(
+                f"declares {content} bytes of content in a file of {length}, which is too many to be weights; where "
+                "you trust it, save it unpacked"
+            )
 
     def read(self, name: str) -> bytes:
         """Content of a member, `sizes[name]` bytes, its checksum verified.

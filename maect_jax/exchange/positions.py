@@ -27,6 +27,8 @@ def grid_of(table_1nd: np.ndarray) -> int:
 
 def is_fixed(table_1nd: np.ndarray) -> bool:
     """Whether a table, of the type it has in its file, is the fixed one within the rounding of its type."""
+    if not np.isfinite(table_1nd).all():
+        return False
     tolerance = 1e-5 if table_1nd.dtype.itemsize >= 4 else 4e-3
     difference = table_1nd.astype(np.float64) - fixed_table(table_1nd.shape[2], grid_of(table_1nd))
     return bool(np.abs(difference).max() <= tolerance)

@@ -24,7 +24,8 @@ _MAX_PICKLE = 1 << 24  # bytes; a training checkpoint of a ViT-H with its averag
 _MAX_DEPTH = 64  # containers in containers
 _MAX_AXES = 16
 _MAX_TENSORS = 20_000  # a training checkpoint of a ViT-H with its average has 3,000
-_MAX_SHARED = 4  # times that the tensors may exceed the bytes they are views of
+_MAX_SHARED = 1.5  # tensors to the bytes they are views of: tied weights repeat few of them
+_SMALL = 1 << 16  # bytes of tensors that any file may hold
 _MAX_REASON = 1_500  # characters of an error
 
 _DTYPES = {
@@ -123,7 +124,11 @@ def _read(file: BinaryIO, part: Callable[[dict], dict]) -> dict:
     tree = interpret(archive.read(pickles[0]), _called, _storage)
     if not isinstance(tree, dict):
         raise CheckpointError(f"holds {describe(tree)}, not a dictionary; save the model's state_dict()")
-    return _Reader(archive, folder).arrays(part(tree))
+    reader = _Reader(archive, folder)
+    arrays = reader.arrays(part(tree))
+    if reader.bytes > _MAX_SHARED * reader.bytes_read + _SMALL:
+        raise CheckpointError("has tensors that share their bytes too often to be weights")
+    return arrays
 
 
 # ------------------------------------------------------------------------------------------------- what stands for what
@@ -180,12 +185,16 @@ def _tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> StoredT
 
 
 class _Reader:
-    """Reads the tensors of a tree; each storage once."""
+    """Reads the tensors of a tree; each storage once.
+
+    Attributes:
+      bytes, bytes_read: of the arrays so far, which are views, and of what they are views of.
+    """
 
     def __init__(self, archive: Archive, folder: str):
         self._archive, self._folder = archive, folder
         self._content: dict[str, bytes] = {}
-        self._stored = self._returned = self._tensors = 0  # bytes read, bytes and number of the arrays so far
+        self.bytes = self.bytes_read = self._tensors = 0
         self._walked: dict[int, Any] = {}  # by identity: the arrays of a container, None while it is being walked
 
     def arrays(self, node: Any, depth: int = 0) -> Any:
@@ -220,11 +229,11 @@ class _Reader:
         if self._archive.sizes.get(name) != storage.count * itemsize:
             found = self._archive.sizes.get(name, "no")
             raise CheckpointError(f"has {found} bytes in {name!a}, expected {storage.count} x {itemsize}")
+        if name in self._archive.packed:
+            raise CheckpointError(f"packs {name!a}, which torch.save does not; save it again with PyTorch")
         if name not in self._content:
             self._content[name] = self._archive.read(name)
-            self._stored += len(self._content[name])
-        self._returned += math.prod(tensor.shape) * itemsize
-        if self._returned > _MAX_SHARED * self._stored:
-            raise CheckpointError("has tensors that share their bytes too often to be weights")
+            self.bytes_read += len(self._content[name])
+        self.bytes += math.prod(tensor.shape) * itemsize
         strides = [stride * itemsize for stride in tensor.strides]
         return np.ndarray(tensor.shape, storage.dtype, self._content[name], tensor.offset * itemsize, strides)

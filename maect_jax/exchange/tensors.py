@@ -5,6 +5,8 @@ A file is told by its content, never by its extension, and nothing in it is exec
 
 import io
 import math
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -14,11 +16,10 @@ import numpy as np
 import safetensors
 
 from maect_jax.errors import CheckpointError
-from maect_jax.exchange.archive import MAGIC, Archive
+from maect_jax.exchange.archive import MAGIC, MAX_FILE, Archive
 from maect_jax.exchange.pth import Opaque, StoredTensor, describe, is_pth, read_pth, refusal
 
 _WRAPPERS = ("model", "state_dict")
-_MAX_FILE = 1 << 36  # bytes; a training checkpoint of a ViT-H has 8e9
 _MAX_HEADER = 1 << 24  # bytes; the format allows 100 MB, five thousand tensors need less than one
 _MAX_TENSORS = 20_000
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")  # of safetensors
@@ -37,10 +38,15 @@ def read_tensors(path: str | PathLike) -> tuple[dict[str, np.ndarray], str]:
       'safetensors', 'torch' or 'npz'. Values that are no tensors, such as an epoch, are left out.
 
     Raises:
-      CheckpointError: in one line, why the file can not be read or is not safe to read.
+      CheckpointError: in one line, why the file can not be read or is not safe to read, or which tensors hold values
+        that are not finite.
     """
     kind = kind_of(path)
-    return {"safetensors": _read_safetensors, "torch": _read_torch, "npz": _read_npz}[kind](path), kind
+    tensors = {"safetensors": _read_safetensors, "torch": _read_torch, "npz": read_npz}[kind](path)
+    broken = [f"{name!a:.80}" for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    if broken:
+        raise refusal(path, f"holds NaN or infinity, which no model computes with, in {some(broken)}")
+    return tensors, kind
 
 
 def read_notes(path: str | PathLike) -> dict[str, Any]:
@@ -69,11 +75,18 @@ def read_notes(path: str | PathLike) -> dict[str, Any]:
 
 
 def kind_of(path: str | PathLike) -> str:
+    """The kind of a weights file: 'safetensors', 'torch' or 'npz'.
+
+    Raises:
+      CheckpointError: none of these, or no regular file: to open a pipe would wait for whoever writes to it.
+    """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise CheckpointError("is no regular file, and only these are read")
         with open(path, "rb") as file:
             start = file.read(9)
-            if (length := file.seek(0, 2)) > _MAX_FILE:
-                raise CheckpointError(f"has {length} bytes; at most {_MAX_FILE} are read")
+            if (length := file.seek(0, 2)) > MAX_FILE:
+                raise CheckpointError(f"has {length} bytes; at most {MAX_FILE} are read")
             if start.startswith(MAGIC):
                 return "torch" if is_pth(Archive(file)) else "npz"
     except OSError as error:
@@ -132,7 +145,7 @@ def state_dict(tree: dict) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_npz(path: str | PathLike) -> dict[str, np.ndarray]:
+def read_npz(path: str | PathLike) -> dict[str, np.ndarray]:
     """Arrays of numbers; arrays of Python objects would have to be unpickled and are refused."""
     try:
         with open(path, "rb") as file:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from maect_jax.exchange.pth import StoredTensor, read_pth
-from maect_jax.exchange.tensors import kind_of, opened_safetensors, read_tensors, state_dict
+from maect_jax.exchange.tensors import kind_of, opened_safetensors, read_npz, state_dict
 
 _LETTERS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "C": "complex"}  # of safetensors' types
 
@@ -61,7 +61,7 @@ def read_shapes(path: str | PathLike) -> tuple[dict[str, Shape], str]:
 
         read_pth(path, part=collect)
     else:
-        found = {name: shape_of(array) for name, array in read_tensors(path)[0].items()}
+        found = {name: shape_of(array) for name, array in read_npz(path).items()}
     return found, kind
 
 
@@ -80,7 +80,10 @@ def read_some(path: str | PathLike, names: Iterable[str]) -> dict[str, np.ndarra
         tensors = state_dict(tree)
         return {name: tensors[name] for name in names}
 
-    return read_pth(path, part=choose) if kind == "torch" else {name: read_tensors(path)[0][name] for name in names}
+    if kind == "torch":
+        return read_pth(path, part=choose)
+    arrays = read_npz(path)
+    return {name: arrays[name] for name in names}
 
 
 def _of_safetensors(shape: list[int], name: str) -> Shape:

@@ -9,6 +9,7 @@ import struct
 import zipfile
 import zlib
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hostile import directory, directory_end, local, quoting_bomb, tensor, with_directory
@@ -16,6 +17,7 @@ from hostile import directory, directory_end, local, quoting_bomb, tensor, with_
 from maect_jax.errors import CheckpointError
 from maect_jax.exchange.archive import Archive
 from maect_jax.exchange.pth import read_pth
+from maect_jax.exchange.tensors import read_tensors
 from torch_files import attempt, crafted, refusal
 
 SIX = np.arange(6, dtype="<f4").tobytes()
@@ -32,18 +34,38 @@ def opened(path, name) -> bytes:
         return Archive(file).read(name)
 
 
-def bounded_refusal(path, memory=1 << 22) -> str:
+def bounded_refusal(path, memory=1 << 22, read=read_pth) -> str:
     """Why a file is refused; to find out takes less than `memory` bytes."""
-    assert not attempt(path, memory=memory)
-    return refusal(path)
+    assert not attempt(path, read, memory=memory)
+    return refusal(path, read)
 
 
 def test_members_are_read_whether_or_not_they_are_packed(tmp_path):
     noise = np.random.default_rng(0).normal(size=(50, 40)).astype("<f4")
-    program = tensor(0, noise.shape, (40, 1), noise.size)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "x.npz", noise=noise)
+        read, kind = read_tensors(tmp_path / "x.npz")
+        assert kind == "npz"
+        np.testing.assert_array_equal(read["noise"], noise)
+
+
+def test_storages_of_torch_files_are_not_packed(tmp_path):
+    """torch.save packs none, so that no file takes more memory than its own size."""
     for packing in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        read = read_pth(crafted(tmp_path, program, {"0": noise.tobytes()}, packing=packing))
-        np.testing.assert_array_equal(read["x"], noise)
+        path = crafted(tmp_path, tensor(), {"0": SIX}, packing=packing)
+        if packing == zipfile.ZIP_STORED:
+            assert attempt(path)
+        else:
+            assert "packs 'archive/data/0', which torch.save does not" in bounded_refusal(path)
+
+
+def test_weights_of_every_type_shrink_less_than_a_bomb(tmp_path):
+    """float32 that was bfloat16 shrinks most of what is honest."""
+    x = np.random.default_rng(0).normal(0, 0.02, (1 << 19,))
+    for saved in (x, x.astype("f4"), x.astype("f2"), x.astype(ml_dtypes.bfloat16).astype("f4")):
+        np.savez_compressed(tmp_path / "x.npz", x=saved)
+        assert saved.nbytes > 1.9 * (1 << 19)
+        np.testing.assert_array_equal(read_tensors(tmp_path / "x.npz")[0]["x"], saved)
 
 
 def test_small_files_of_zeros_are_no_bombs(tmp_path):
@@ -88,13 +110,15 @@ def test_members_beyond_four_gigabytes_are_found(tmp_path):
 
 def test_bombs_are_refused_before_they_unpack(tmp_path):
     zeros, small = bytes(1 << 26), 1 << 20
-    bomb = crafted(tmp_path, tensor(0, (small // 4,), (1,), small // 4), {"0": zeros}, packing=zipfile.ZIP_DEFLATED)
-    assert "bytes of content in a file of" in bounded_refusal(bomb)
+    bomb = tmp_path / "bomb"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", zeros)
+    assert "bytes of content in a file of" in bounded_refusal(bomb, read=read_tensors)
     content = bomb.read_bytes()
     lying = content.replace(struct.pack("<I", len(zeros)), struct.pack("<I", small))
     assert lying != content
     path = written(tmp_path, lying)  # a small size is declared, and the content is as large as before
-    assert "does not unpack to the 1048576 bytes declared" in bounded_refusal(path)
+    assert "does not unpack to the 1048576 bytes declared" in bounded_refusal(path, read=read_tensors)
 
 
 def test_packed_members_end_where_they_should(tmp_path):

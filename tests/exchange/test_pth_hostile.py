@@ -275,6 +275,8 @@ def test_an_empty_tensor_of_no_possible_shape_is_refused(tmp_path):
 
 
 def test_few_bytes_do_not_become_many_tensors(tmp_path):
-    x = torch.zeros(1000)
-    assert len(read_pth(saved(tmp_path, {i: x for i in range(4)}))) == 4
-    assert "share their bytes too often" in refusal(saved(tmp_path, {i: x for i in range(100)}))
+    small, large = torch.zeros(1000), torch.zeros(1 << 18)
+    assert len(read_pth(saved(tmp_path, {i: small for i in range(4)}))) == 4
+    assert len(read_pth(saved(tmp_path, {"w": large, "tied": large, "more": torch.ones(1 << 18)}))) == 3
+    assert "share their bytes too often" in refusal(saved(tmp_path, {i: small for i in range(100)}))
+    assert "share their bytes too often" in refusal(saved(tmp_path, {i: large for i in range(2)}))

@@ -2,9 +2,11 @@
 
 import io
 import os
+import socket
 import struct
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +14,9 @@ import pytest
 import safetensors.numpy
 
 from maect_jax.errors import CheckpointError
+from maect_jax.exchange.files import open_model
 from maect_jax.exchange.tensors import read_notes, read_tensors
+from maect_jax.inspection.facts import facts_of
 from torch_files import torch
 from weight_files import random_tree, refusal, tensors_of, written
 
@@ -62,6 +66,43 @@ def test_files_of_no_kind_are_refused(tmp_path):
         archive.writestr("model/weights.txt", "1 2 3")
     assert "has a member 'model/weights.txt'" in refusal(read_tensors, path)
     assert "No such file" in refusal(read_tensors, tmp_path / "absent")
+
+
+def test_only_regular_files_are_opened(tmp_path, monkeypatch):
+    """To open a pipe would wait for a writer. This one has a writer, so that a reader that does open it fails."""
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    os.mkfifo("pipe")
+    writer = os.open("pipe", os.O_RDWR)
+    os.write(writer, struct.pack("<Q", 2) + b"{}" + bytes(1 << 14))
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind("socket")
+    Path("link").symlink_to("pipe")
+    try:
+        for path in ("pipe", "socket", "link", "/dev/null", "."):
+            for read in (read_tensors, read_notes, *([open_model, facts_of] if path != "." else [])):
+                assert "is no regular file" in refusal(read, path)
+    finally:
+        os.close(writer)
+        listener.close()
+    safetensors.numpy.save_file({"w": np.ones(2)}, "x")
+    Path("good").symlink_to("x")
+    assert read_tensors("good")[0]["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "npz", "flat"])
+def test_weights_that_are_not_finite_are_refused_by_name(kind, tree, tmp_path):
+    tensors = tensors_of(tree, "mae_official_encoder")
+    for value in (np.nan, np.inf, -np.inf):
+        bias = np.full(24, value, np.float32)
+        path = written(tmp_path, tensors | {"norm.bias": bias, "blocks.0.norm1.bias": bias}, kind)
+        for read in (read_tensors, open_model):
+            text = refusal(read, path)
+            assert "NaN or infinity" in text and "'norm.bias'" in text and "'blocks.0.norm1.bias'" in text
+        assert "norm.bias" in facts_of(path)["tensors"]
+    (tmp_path / "short").mkdir()
+    brain = {"w": np.full(3, np.inf, ml_dtypes.bfloat16), "n": np.arange(3), "b": np.ones(2, bool)}
+    safetensors.numpy.save_file(brain, tmp_path / "short" / "x")
+    assert refusal(read_tensors, tmp_path / "short" / "x").endswith("in 'w'")
 
 
 def test_hostile_arrays_are_refused(tmp_path):
