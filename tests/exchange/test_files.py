@@ -75,14 +75,17 @@ def test_short_floats_become_float32(dtype, tree, tmp_path):
     np.testing.assert_array_equal(kernel[1], state["blocks.1.mlp.fc1.weight"].T.float().numpy())
 
 
-@pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16)])
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16), (64, None)])
 def test_heads_are_those_of_the_published_models(width, heads, tmp_path):
-    model = ViT(width, 1, heads, 4, 4)
+    model = ViT(width, 1, heads or 4, 4, 4)
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1, 48)))["params"])
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float16), shapes)
     path = tmp_path / "x"
     np.savez(path, **to_layout({"encoder": zeros}, "timm_mae", patch=4, grid=1))
-    assert open_model(f"{path}.npz").model.encoder.heads == heads
+    if heads:
+        assert open_model(f"{path}.npz").model.encoder.heads == heads
+    else:
+        assert "no number of heads is published" in refusal(open_model, f"{path}.npz", ConfigError)
 
 
 def test_heads_and_picture_size_are_checked_against_the_file(tree, tmp_path):
@@ -137,7 +140,7 @@ def test_learned_positions_are_held_and_resized_only_when_another_size_is_asked_
     np.testing.assert_array_equal(opened.model.params["encoder"]["pos_embed"], table)
     opened = open_model(path, heads=2, image_size=56)
     assert opened.model.encoder.grid == 7
-    assert opened.notes[0] == f"learned positions resized from 4 x 4: {positions.RESIZED}"
+    assert opened.notes[0] == f"learned positions resized from 4 x 4 to 7 x 7 patches: {positions.RESIZED}"
     rows = torch.tensor(table[0, 1:]).double().T.reshape(1, 24, 4, 4)
     expected = torch.nn.functional.interpolate(rows, size=(7, 7), mode="bicubic", align_corners=False)
     found = opened.model.params["encoder"]["pos_embed"]
@@ -274,5 +277,48 @@ def test_what_transformers_says_beside_the_weights_is_taken(tree, tmp_path):
     model = open_model(tmp_path).model
     assert (model.encoder.heads, model.mean, model.std, model.resize_ratio) == (3, (0.5,) * 3, (0.25,) * 3, 1.25)
     assert model.classes[4] == "class 4"
-    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu_new"}))
-    assert "hidden_act 'gelu_new'; only gelu" in refusal(open_model, tmp_path)
+    whole = {"image_mean": [0.5] * 3, "size": {"height": 32, "width": 32}}  # squashed, neither cut nor normalised
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(whole | {"do_normalize": False}))
+    model = open_model(tmp_path).model
+    assert (model.mean, model.std, model.resize_ratio) == ((0.0,) * 3, (1.0,) * 3, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"hidden_act": "gelu_new"}, "hidden_act 'gelu_new'"),
+        ({"model_args": {"act_layer": "relu"}}, "act_layer 'relu'"),
+        ({"model_args": {"norm_layer": "rmsnorm", "img_size": 32}}, "norm_layer 'rmsnorm'"),
+        ({"global_pool": "avgmax"}, "global_pool 'avgmax'"),
+    ],
+)
+def test_settings_that_compute_something_else_are_refused(config, why, tree, tmp_path):
+    written(tmp_path, tensors_of(tree, "timm_classifier"), "safetensors").rename(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert f"config.json says {why}, with which our models do not compute" in refusal(open_model, tmp_path, heads=2)
+
+
+def test_what_is_done_otherwise_than_a_file_says_is_noted(tree, tmp_path):
+    written(tmp_path, tensors_of(tree, "hf4_model"), "safetensors").rename(tmp_path / "model.safetensors")
+    for epsilon, noted in ((1e-6, False), (1e-12, False), (1e-2, True)):
+        (tmp_path / "config.json").write_text(json.dumps({"layer_norm_eps": epsilon}))
+        notes = open_model(tmp_path, heads=2).notes
+        assert any("layer_norm_eps 0.01; computed here is 1e-6" in note for note in notes) == noted
+    state = {name: torch.tensor(x) for name, x in tensors_of(tree, "timm_mae").items()}
+    torch.save({"model": state, "model_ema": state, "optimizer": {}}, tmp_path / "x.pth")
+    assert "beside the weights lies 'model_ema', which is not read" in open_model(tmp_path / "x.pth", heads=2).notes[0]
+
+
+def test_mean_and_deviation_may_be_given(tree, tmp_path):
+    learned = tensors_of(tree, "timm_mae") | {"pos_embed": np.ones((1, 17, 24), np.float32)}
+    path = written(tmp_path, learned, "npz")
+    given = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    opened = open_model(path, heads=2, **given)
+    assert opened.notes == () and (opened.model.mean, opened.model.std) == ((0.5,) * 3, (0.25,) * 3)
+    assert "mean: 1 values" in refusal(open_model, path, ConfigError, heads=2, mean=(0.5,))
+
+
+def test_patterns_that_name_no_part_are_refused(tree, tmp_path):
+    path = written(tmp_path, tensors_of(tree, "timm_mae"), "npz")
+    with pytest.raises(ConfigError, match=r"'decodr/\*' is no part .* 'decoder/\*'"):
+        open_model(path, heads=2, allow_missing=["decodr/*"])

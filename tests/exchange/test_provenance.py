@@ -32,7 +32,9 @@ def test_licences_of_others_follow_from_what_the_file_is(layout, encoder, said, 
 def test_licences_are_ordered_from_own_weights_to_none_stated():
     order = ["unstated", "Apache-2.0", "unknown", "CC-BY-NC-SA-4.0", "none stated"]
     assert sorted(order[::-1], key=strictness) == order
-    assert strictness("none-stated") == 4 and strictness("other") == 2 and strictness("Non-Commercial terms") == 3
+    assert strictness("none-stated") == 4 and strictness("Non-Commercial terms") == 3
+    for unlisted in ("other", "AGPL-3.0", "All rights reserved", "CC-BY-ND-4.0"):
+        assert strictness(unlisted) == 2
 
 
 def test_training_on_keeps_the_licence_and_lengthens_the_chain():
@@ -56,6 +58,8 @@ def test_a_looser_licence_needs_a_reason_and_keeps_what_was_carried():
     assert "CC-BY-NC-4.0" in found.license_source
     assert stated(Provenance("unstated", "trained from scratch"), "CC-BY-NC-4.0", "").license == "CC-BY-NC-4.0"
     assert stated(carried, "", "") is carried
+    with pytest.raises(ConfigError, match="--license-reason"):
+        stated(carried, "", "the authors allowed it")
 
 
 def test_what_a_file_says_of_its_provenance_is_read_value_by_value():
@@ -68,5 +72,6 @@ def test_what_a_file_says_of_its_provenance_is_read_value_by_value():
 
 
 def test_paths_are_shortened_to_names_and_names_of_data_sets_stay():
-    assert without_place("/home/me/pictures") == "pictures" and without_place("gs://bucket/pictures") == "pictures"
+    assert without_place("../me/pictures") == without_place("/home/me/pictures") == "pictures"
+    assert without_place("gs://bucket/pictures") == "pictures"
     assert without_place("imagenet2012_subset/1pct") == "imagenet2012_subset/1pct" and without_place("") == ""

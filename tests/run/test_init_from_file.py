@@ -1,5 +1,6 @@
 """A run that starts from anybody's weights file learns what one does that starts from the same weights of its own."""
 
+import hashlib
 import json
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from maect_jax.exchange.mapping import to_layout
-from runs import launch, make_pictures
+from runs import launch, maect, make_pictures
 
 torch = pytest.importorskip("torch", reason="PyTorch writes the files that these runs start from")
 
@@ -125,6 +126,20 @@ def test_every_setting_that_the_file_has_otherwise_is_named_before_training(tmp_
     assert "add the stages between" in refused(launch(tmp_path / "b", *options, "--config.stages=tune"))
 
 
+def test_a_run_from_our_own_export_names_the_file_and_what_it_came_from(tmp_path, pictures, earlier):
+    done = maect("convert", "--to", "mae", "--weights", earlier / "pretrain", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    options = (f"--config.data.train={pictures}", f"--config.init_from={tmp_path / 'out'}", "--config.stages=control")
+    text = refused(launch(tmp_path / "a", *options, "--config.pretrain.normalise_pixels=False"))
+    assert "set --config.pretrain.normalise_pixels=True" in text
+    done = launch(tmp_path / "a", *options)
+    assert done.returncode == 0, done.stderr
+    (origin,) = provenance_of(tmp_path / "a", "control")["derived_from"]
+    content = (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert origin["sha256"] == hashlib.sha256(content).hexdigest() and origin["name"] == "out"
+    assert (origin["stage"], origin["layout"]) == ("pretrain", "mae_official_full")
+
+
 def test_learned_positions_are_kept_through_the_stages_and_resized_for_other_pictures(tmp_path, pictures, params):
     table = np.random.default_rng(0).standard_normal((1, 17, 16)).astype(np.float32)
     tensors = to_layout({"encoder": params["encoder"] | {"pos_embed": table}}, "timm_mae", patch=4, grid=4)
@@ -144,5 +159,6 @@ def test_learned_positions_are_kept_through_the_stages_and_resized_for_other_pic
     np.testing.assert_array_equal(tuned["pos_embed"], table)
     larger = open_weights(str(tmp_path / "a" / "tune"), mesh, Instead(image_size=24))[0]
     assert larger.load()["pos_embed"].shape == (1, 37, 16)
+    assert larger.origin["notes"][0].startswith("learned positions resized from 4 x 4 to 6 x 6 patches")
     done = launch(tmp_path / "b", *options, "--config.model.image_size=24")
-    assert done.returncode == 0 and "learned positions resized from 4 x 4: bicubic" in done.stdout, done.stderr
+    assert done.returncode == 0 and "learned positions resized from 4 x 4 to 6 x 6 patches: bicubic" in done.stdout, done.stderr
