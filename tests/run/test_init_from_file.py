@@ -161,4 +161,6 @@ def test_learned_positions_are_kept_through_the_stages_and_resized_for_other_pic
     assert larger.load()["pos_embed"].shape == (1, 37, 16)
     assert larger.origin["notes"][0].startswith("learned positions resized from 4 x 4 to 6 x 6 patches")
     done = launch(tmp_path / "b", *options, "--config.model.image_size=24")
-    assert done.returncode == 0 and "learned positions resized from 4 x 4 to 6 x 6 patches: bicubic" in done.stdout, done.stderr
+    assert done.returncode == 0 and "learned positions resized from 4 x 4 to 6 x 6 patches: bicubic" in done.stdout, (
+        done.stderr
+    )
