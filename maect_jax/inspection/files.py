@@ -10,6 +10,7 @@ import numpy as np
 
 from maect_jax.exchange.beside import NOTE, Said, parsed, said
 from maect_jax.exchange.files import find_file, hashes, provenance_of, published_pooling, with_published_heads
+from maect_jax.exchange.fitting import nearest_layout
 from maect_jax.exchange.heads import PROBE_TENSORS
 from maect_jax.exchange.layouts import ENCODERS, LAYOUTS, WITHOUT_CLASS_ROW
 from maect_jax.exchange.mapping import misfits
@@ -34,16 +35,15 @@ def file_facts(path: str) -> dict[str, Any]:
     notes = read_notes(file)
     facts = said(file, notes)
     sha256, md5 = hashes(file)
-    differences = {layout: misfits(shapes, layout) for layout in LAYOUTS}
-    counts = {layout: sum(map(len, lists.values())) for layout, lists in differences.items()}
-    fitting = [layout for layout, count in counts.items() if not count]
+    fitting = [layout for layout in LAYOUTS if not any(misfits(shapes, layout).values())]
     kept = shapes.keys() == set(PROBE_TENSORS) and len(shapes["kernel"].shape) == 2
     fitting = ["maect_jax_probe"] if kept else fitting
     found: dict[str, Any] = {"layout": fitting[0] if fitting else None, "same_as": fitting[1:]}
     provenance = _without_encoder(facts, found["layout"])
     if not fitting:
-        nearest = min(counts, key=counts.__getitem__)
-        found |= {"kind": "weights of no known layout", "differences": {"nearest": nearest} | differences[nearest]}
+        differences = {"nearest": nearest_layout(shapes)}
+        differences |= misfits(shapes, differences["nearest"])
+        found |= {"kind": "weights of no known layout", "differences": differences}
     elif fitting[0] in ENCODERS:
         found |= _model_facts(file, shapes, fitting[0], facts)
         provenance = provenance_of(file, fitting[0], _encoder(found["encoder"]), facts, notes, sha256, md5)

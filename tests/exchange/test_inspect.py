@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import safetensors.numpy
 
 from maect_jax.commands import inspect
 from maect_jax.errors import CheckpointError, ConfigError
+from maect_jax.exchange.files import open_model
 from maect_jax.exchange.layouts import ENCODERS, LAYOUTS
 from maect_jax.exchange.mapping import to_layout
 from maect_jax.exchange.provenance import Provenance
@@ -69,7 +71,7 @@ def test_every_layout_is_told_with_its_architecture_and_every_tensor(layout, tre
     if layout in ENCODERS:
         encoder = facts["encoder"]
         keys = ("width", "depth", "mlp_width", "patch", "image_size", "channels", "positions", "final_norm")
-        expected = (24, 3, 96, 8, 32, 3, "fixed", layout != "mae_finetuned")
+        expected = (24, 3, 96, 8, 32, 3, "fixed", layout not in ("mae_finetuned", "timm_fc_norm"))
         assert tuple(encoder[key] for key in keys) == expected
         tables = ("pos_embed", "position_embeddings")
         trained = sum(x.size for name, x in tensors.items() if not name.endswith(tables))
@@ -184,6 +186,25 @@ def test_all_that_differs_from_the_nearest_layout_is_listed(tree, tmp_path, caps
     assert "optimizer: dict" in text
 
 
+def test_an_encoder_with_few_of_its_tensors_is_compared_with_an_encoder(tmp_path, capsys):
+    """As `convert` compares it, and not with the layout of fewest tensors."""
+    tensors = {"cls_token": np.ones((1, 1, 24), np.float32), "norm.weight": np.ones(24, np.float32)}
+    path = written(tmp_path, tensors | {"adapter.weight": np.ones((3, 24), np.float32)}, "safetensors")
+    assert "compared with the nearest, mae_official_encoder" in refusal(open_model, path)
+    assert "the nearest is mae_official_encoder" in shown(capsys, path)
+
+
+def test_a_table_that_is_not_finite_is_told_as_learned_without_a_warning(tree, tmp_path):
+    tensors = tensors_of(tree, "mae_official_encoder")
+    for dtype in (np.float16, np.float32, ml_dtypes.bfloat16):
+        for value in (np.nan, np.inf):
+            table = np.full((1, 17, 24), value, dtype)
+            path = written(tmp_path, tensors | {"pos_embed": table}, "safetensors")
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert facts_of(path)["encoder"]["positions"] == "learned"
+
+
 def test_a_training_checkpoint_tells_its_epoch_and_what_lies_beside(tree, tmp_path, capsys):
     facts = facts_of(written(tmp_path, tensors_of(tree, "mae_official_full"), "training"))
     assert facts["beside"] == {"optimizer": "dict", "epoch": 3, "scaler": "dict", "args": "argparse.Namespace"}
@@ -230,7 +251,7 @@ def test_a_probe_that_an_evaluation_has_kept_is_told_with_its_note(tmp_path, cap
         assert words in text
 
 
-STEERING = "\x1b[2J\x1b]0;title\x07\r\n\u202e\u2028\x9b31m\udc80\x00"
+STEERING = "\x1b[2J\x1b]0;title\x07\r\n\u202e\u2028\x9b31m\x00"
 
 
 def test_nothing_in_a_file_steers_the_terminal(tree, tmp_path, capsys):
@@ -240,7 +261,7 @@ def test_nothing_in_a_file_steers_the_terminal(tree, tmp_path, capsys):
     note = {"provenance": provenance, "classes": [STEERING] * 5, STEERING: STEERING}
     files = [noted(tmp_path / "said", tensors, note)]
     state = {name: torch.tensor(x) for name, x in tensors.items()}
-    torch.save({"model": state | {STEERING[:-2]: torch.ones(3)}, STEERING[:-2]: STEERING[:-2]}, tmp_path / "named")
+    torch.save({"model": state | {STEERING[:-1]: torch.ones(3)}, STEERING[:-1]: STEERING[:-1]}, tmp_path / "named")
     files.append(tmp_path / "named")
     for path in files:
         for options in ((), ("--all",), ("--json",)):
