@@ -10,7 +10,7 @@ Every path has 'path' and 'kind'. Others come where they apply:
   license, license_source, derived_from, trained_on, recipe, stage, step, average, code_version: see
     `exchange.provenance.Provenance`; None = nothing says
   beside: what else is in the file or the checkpoint
-  stages: of a run, or of a stage 'complete' and 'checkpoints'
+  stages: of a run; of a stage or a fine-tuning 'complete' and 'checkpoints', of the latter 'chosen', a step
   tensors: name -> `Shape`
 """
 

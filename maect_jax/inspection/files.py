@@ -135,6 +135,8 @@ def _model_facts(file: Path, shapes: Mapping[str, Shape], layout: str, facts: Sa
             problems.append(f"an MLP of {part['mlp_width']} channels in blocks of {part['width']}")
         if part and part["heads"] and part["width"] % part["heads"]:
             problems.append(f"{part['heads']} heads do not divide the width {part['width']}")
+    if facts.unlike:
+        problems.append(f"config.json says {', '.join(facts.unlike)}")
     if other := [name for name, shape in shapes.items() if shape.dtype not in _REAL]:
         problems.append(f"weights that are no real numbers: {some(other)}")
     pooling = facts.pooling or published_pooling(layout, _encoder(encoder), tree)

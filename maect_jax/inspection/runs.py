@@ -1,5 +1,6 @@
 """What a run is, a stage of one, or a checkpoint. Shapes come from metadata; no array is read."""
 
+import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from maect_jax import assemble, handover
 from maect_jax.config import TRAINED, default
 from maect_jax.errors import CheckpointError
-from maect_jax.exchange.beside import NOTE, read_text, said
+from maect_jax.exchange.beside import NOTE, parsed, read_text, said
 from maect_jax.exchange.heads import CLASSIFIER
 from maect_jax.exchange.provenance import from_dict
 from maect_jax.inspection.architecture import decoder_facts, encoder_facts, parameter_counts
@@ -47,7 +48,7 @@ def run_facts(folder: epath.Path) -> dict[str, Any]:
 
 
 def stage_facts(folder: epath.Path) -> dict[str, Any]:
-    """Facts on a stage and its last checkpoint.
+    """Facts on a stage or a fine-tuning and its last checkpoint.
 
     Raises:
       CheckpointError: there is none, or it can not be read.
@@ -59,7 +60,11 @@ def stage_facts(folder: epath.Path) -> dict[str, Any]:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: the last checkpoint of a complete stage is gone; give another checkpoint")
     steps = sorted(int(path.name) for path in checkpoint.parent.iterdir() if path.name.isdigit())
-    return checkpoint_facts(checkpoint) | {"kind": "stage", "complete": row["complete"], "checkpoints": steps}
+    found = {"kind": "stage", "complete": row["complete"]}
+    if (folder / "chosen").is_dir():
+        step = parsed(_classifier(folder)).get("step")
+        found = {"kind": "fine-tuning", "complete": step is not None} | ({} if step is None else {"chosen": step})
+    return checkpoint_facts(checkpoint) | found | {"checkpoints": steps}
 
 
 def checkpoint_facts(folder: epath.Path) -> dict[str, Any]:
@@ -76,8 +81,8 @@ def checkpoint_facts(folder: epath.Path) -> dict[str, Any]:
     with suppress(*_OTHERWISE):  # a state that is not as ours: its tensors tell what it is
         found |= _model_facts(tree, _settings(folder, provenance["recipe"]))
         if "head" in tree["params"]:
-            note = said(Path(folder), {NOTE: read_text(Path(folder.parent.parent / CLASSIFIER))})
-            found["head"] = classifier_facts(tree["params"]["head"], note)
+            note = json.dumps({"classes": meta["classes"]}) if "classes" in meta else _classifier(folder.parent.parent)
+            found["head"] = classifier_facts(tree["params"]["head"], said(Path(folder), {NOTE: note}))
     leaves = {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
     if provenance["average"] is None:
         provenance["average"] = "exponential" if "ema" in tree else "none"
@@ -143,9 +148,11 @@ def _settings(folder: epath.Path, recipe: dict[str, Any]) -> ConfigDict | None:
     for parent in list(folder.parents)[:_ABOVE]:
         if (parent / SETTINGS).exists():
             return run_settings(parent)
+    if "model" not in recipe:  # a fine-tuning's has no such part
+        return None
     config = default()
     config.update(recipe)
-    return config if recipe else None
+    return config
 
 
 def _done(folder: epath.Path) -> dict[str, Any]:
@@ -156,6 +163,11 @@ def _done(folder: epath.Path) -> dict[str, Any]:
     if not isinstance(done, dict) or type(done.get("step")) is not int:
         raise CheckpointError(f"{folder / 'DONE.json'}: is damaged (no step); remove it to train the end again")
     return done
+
+
+def _classifier(folder: epath.Path) -> str:
+    """The note of a complete fine-tuning; '' where there is none."""
+    return read_text(Path(folder / CLASSIFIER))
 
 
 def _meta(folder: epath.Path) -> dict[str, Any]:

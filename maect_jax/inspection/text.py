@@ -69,6 +69,7 @@ def _rows(facts: Mapping[str, Any], every: bool) -> Iterator[tuple[str, list[str
         yield "recipe", [f"{len(facts['recipe'])} settings, which --json shows"] if facts["recipe"] else []
         yield "licence", [f"{_short(facts['license'])} ({_short(facts['license_source'])})"]
         yield "derived from", [line for entry in facts["derived_from"] for line in _origin(entry)]
+    yield "chosen", [f"step {_short(facts['chosen'])}"] if "chosen" in facts else []
     yield "checkpoints", [", ".join(map(str, facts["checkpoints"]))] if "checkpoints" in facts else []
     yield "beside", [f"{_short(name)}: {_short(value)}" for name, value in facts.get("beside", {}).items()]
     yield "SHA-256", [facts["sha256"]] if "sha256" in facts else []

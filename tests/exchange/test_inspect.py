@@ -125,6 +125,9 @@ def test_heads_are_said_published_or_unknown(tree, tmp_path, capsys):
     assert "3 heads (said" in shown(capsys, folder) and "a, b, c, d, <e>" in shown(capsys, folder)
     (folder / "config.json").write_text(json.dumps(config | {"model_args": {"num_heads": 5}}))
     assert "5 heads do not divide the width 24" in shown(capsys, folder)
+    arguments = {"num_heads": 3, "init_values": 0.1}
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": arguments}))
+    assert "config.json says init_values 0.1" in shown(capsys, folder)
 
 
 def test_a_published_size_has_its_name_and_heads(tmp_path, capsys):

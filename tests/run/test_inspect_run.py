@@ -141,14 +141,40 @@ def test_a_fine_tuned_checkpoint_tells_its_classes(run, states):
     folder = run / "finetune" / "mae-finetune_0" / "chosen"
     encoder = states["pretrain"].params["encoder"] | {"pos_embed": np.zeros((1, 26, 16), np.float32)}
     head = {"kernel": np.zeros((16, 7), np.float32), "bias": np.zeros(7, np.float32)}
-    checkpoints = Checkpoints(folder)
-    checkpoints.save(3, {"params": {"encoder": encoder, "head": head}}, {"stage": "mae-finetune"})
-    checkpoints.close()
+    told = {"stage": "mae-finetune", "recipe": {"name": "mae-finetune"}, "trained_on": "digits"}
+    provenance = json.loads(json.dumps(trained(OTHERS, None, average="exponential, 0.9", **told).as_dict()))
+    for place, step, more in ((folder, 3, {}), (folder.parent / "checkpoints", 5, {"provenance": provenance})):
+        checkpoints = Checkpoints(place)
+        checkpoints.save(step, {"params": {"encoder": encoder, "head": head}}, {"stage": "mae-finetune"} | more)
+        checkpoints.close()
+    facts = facts_of(str(folder.parent))
+    assert (facts["kind"], facts["complete"], facts["checkpoints"]) == ("fine-tuning", False, [5])
+    assert "fine-tuning, not complete" in as_text(facts) and "chosen" not in facts
     facts = facts_of(str(folder / "3"))
     assert facts["head"] == {"width": 16, "classes": 7, "names": []} and facts["stage"] == "mae-finetune"
     assert facts["encoder"]["positions"] == "learned" and facts["encoder"]["image_size"] == 20
-    write_json(folder.parent / "classifier.json", {"classes": list("abcdefg")})
+    write_json(folder.parent / "classifier.json", {"classes": list("abcdefg"), "step": 3})
     assert facts_of(str(folder / "3"))["head"]["names"] == list("abcdefg")
+    facts = facts_of(str(folder.parent))
+    assert (facts["complete"], facts["chosen"], facts["head"]["names"]) == (True, 3, list("abcdefg"))
+    text = [line.split() for line in as_text(facts).splitlines()]
+    assert ["chosen", "step", "3"] in text and ["trained", "on", "digits"] in text
+    assert ["licence", "CC-BY-NC-4.0", "(stated", "beside", "the", "weights)"] in text
+    assert facts["kind"] == "fine-tuning" and facts["average"] == "exponential, 0.9"
+
+
+def test_a_moved_fine_tuned_checkpoint_tells_its_architecture_and_classes(states, tmp_path):
+    head = {"kernel": np.zeros((16, 3), np.float32), "bias": np.zeros(3, np.float32)}
+    recipe = {"name": "mae-finetune", "pooling": "mean"}
+    provenance = trained(OTHERS, None, stage="mae-finetune", recipe=recipe, trained_on="digits").as_dict()
+    meta = {"stage": "mae-finetune", "classes": ["x", "y", "z"], "provenance": json.loads(json.dumps(provenance))}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(3, {"params": {"encoder": states["pretrain"].params["encoder"], "head": head}}, meta)
+    checkpoints.close()
+    facts = facts_of(str(tmp_path / "3"))
+    assert facts["head"] == {"width": 16, "classes": 3, "names": ["x", "y", "z"]}
+    assert (facts["encoder"]["depth"], facts["encoder"]["heads"], facts["trained_on"]) == (2, None, "digits")
+    assert facts["license"] == "CC-BY-NC-4.0" and facts["derived_from"][0]["name"] == "mae.pth"
 
 
 def test_a_state_that_no_stage_here_has_is_shown_by_its_tensors(tmp_path):
