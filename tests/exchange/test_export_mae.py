@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+from needed import needed
 from safetensors.numpy import load_file, save_file
 
 from golden import arrays, below, constants
@@ -34,7 +35,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def timm():
-    return pytest.importorskip("timm")
+    return needed("timm")
 
 
 def written(target, model, folder):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from needed import needed
 
 from maect_jax.errors import ConfigError
 from maect_jax.exchange.export.onnx import ONNX
@@ -25,8 +26,8 @@ KINDS = {
 @pytest.fixture(scope="module")
 def onnx():
     for name in ("torch", "timm", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name)
-    return pytest.importorskip("onnx")
+        needed(name)
+    return needed("onnx")
 
 
 def written(model, folder, **metadata):

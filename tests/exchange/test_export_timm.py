@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from needed import needed
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -33,7 +34,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def timm():
-    return pytest.importorskip("timm")
+    return needed("timm")
 
 
 def written(model, folder, **metadata):

@@ -9,11 +9,12 @@ import zipfile
 
 import numpy as np
 import pytest
+from needed import needed
 
 from maect_jax.errors import CheckpointError
 from maect_jax.exchange.pth import read_pth
 
-torch = pytest.importorskip("torch", reason="PyTorch writes the files that these tests read")
+torch = needed("torch")  # writes the files that these tests read
 
 
 def saved(path, content, **options):

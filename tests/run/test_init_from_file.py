@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from needed import needed
 
 from maect_jax.exchange.mapping import to_layout
 from runs import launch, maect, make_pictures
 
-torch = pytest.importorskip("torch", reason="PyTorch writes the files that these runs start from")
+torch = needed("torch")  # writes the files that these runs start from
 
 
 @pytest.fixture(scope="module")
