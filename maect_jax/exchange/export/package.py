@@ -61,7 +61,7 @@ def write_package(
     _check_dtype(target, dtype)
     target.check(model)
     place = _free_place(Path(out))
-    entries = card.results_of(records, _evaluated_hash(model)) if records else ()
+    entries = card.results_of(records, _evaluated_hash(model), model.provenance) if records else ()
     model = _what_is_written(model, target)
     rounded = _rounded(model, target, dtype)
     place.parent.mkdir(parents=True, exist_ok=True)
