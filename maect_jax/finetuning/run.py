@@ -85,7 +85,7 @@ def fine_tune(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     resize_ratio: float,
-    provenance: Provenance = Provenance(),
+    provenance: Provenance,
     epochs: int | None = None,
     batch: int | None = None,
     name: str = "",

@@ -19,7 +19,9 @@ from maect_jax.evaluation.probes.linear_heads import PRESETS
 from maect_jax.evaluation.protocols import EVALUATIONS
 from maect_jax.evaluation.suite import Place, make_task
 from maect_jax.evaluation.task import Settings, Weights
+from maect_jax.exchange.export.package import write_package
 from maect_jax.exchange.export.proof import difference, ours
+from maect_jax.exchange.export.targets import TARGETS
 from maect_jax.exchange.heads import find_head, open_head
 from maect_jax.exchange.model import Model
 from maect_jax.exchange.provenance import Provenance
@@ -167,6 +169,22 @@ def test_a_fine_tuning_classifies_as_it_was_measured(finetuned, params):
     assert kept["derived_from"] == [encoder] and encoder["sha256"] == task.sha256 and head["name"] == path.name
     assert (kept["license"], model.provenance.license) == ("mit", "mit")
     assert model.provenance.recipe["epochs"] == 1 and model.provenance.recipe["pooling"] == "fc_norm"
+
+
+def test_the_card_of_a_fine_tuned_model_shows_what_was_measured(finetuned, params, tmp_path):
+    folder, task, measured = finetuned
+    facts = {"stage": "tune, raw", "seed": 0, "evaluation": "finetune", "weights": {"sha256": task.sha256}}
+    records = [
+        facts | {name: getattr(number, name) for name in ("metric", "value", "unit", "protocol", "found")}
+        for number in measured
+    ]
+    records.append(records[0] | {"evaluation": "knn", "value": 0.987, "found": {}})
+    model = open_head(next((folder / "finetune").iterdir()), model_of(params, provenance=MIT))
+    write_package(model, TARGETS["timm"], tmp_path / "out", records=records, prove=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| Fine-tuning | `mae-finetune` | – | – | accuracy | {100 * measured[0].value:.1f} % |" in card
+    assert "98.7" not in card and "selected on test" not in card
+    assert "fine-tuned with labels ('mae-finetune') from weights of MAE-CT" in card
 
 
 def test_only_the_leading_process_keeps(params, tmp_path):

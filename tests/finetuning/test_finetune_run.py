@@ -89,7 +89,9 @@ class Book:
 
 def run(data, folder, *, devices=1, fsdp=1, recipe=RECIPE, rows=ROWS, **changes):
     params, train, test = data
-    settings = dict(epochs=4, batch=16, seed=1, stop=StopAfter(), mean=MEAN, std=STD, resize_ratio=1.0)
+    settings = dict(
+        epochs=4, batch=16, seed=1, stop=StopAfter(), mean=MEAN, std=STD, resize_ratio=1.0, provenance=TUNED
+    )
     settings |= dict(save_every=2, log_every=1, evaluation_batch=16, say=lambda text: None)
     mesh = make_mesh(fsdp, jax.devices()[:devices])
     return fine_tune(params, ENCODER, train, test, rows, recipe, mesh=mesh, folder=folder, **settings | changes)
@@ -98,7 +100,7 @@ def run(data, folder, *, devices=1, fsdp=1, recipe=RECIPE, rows=ROWS, **changes)
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     folder, book = tmp_path_factory.mktemp("whole"), Book()
-    return folder, run(data, folder, logbook=book, provenance=TUNED), book.losses
+    return folder, run(data, folder, logbook=book), book.losses
 
 
 def same(a, b):
