@@ -1,13 +1,14 @@
 """Checkpoints that timm and transformers write become models that compute what the libraries compute."""
 
 import pytest
-import safetensors.torch
-import timm
-import transformers
+from needed import needed
 
 from maect_jax.exchange.export.proof import TOLERANCE, difference, ours, pictures
 from maect_jax.exchange.files import open_model
 from torch_files import torch
+
+timm, transformers = needed("timm"), needed("transformers")
+safetensors_torch = needed("safetensors.torch")
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=4)
 HF_SMALL = dict(
@@ -53,7 +54,7 @@ def test_a_vit_of_timm(entry, arguments, kind, tmp_path):
     if kind == "pth":
         torch.save(module.state_dict(), path)
     else:
-        safetensors.torch.save_file(module.state_dict(), path)
+        safetensors_torch.save_file(module.state_dict(), path)
     model = open_model(path, heads=arguments.get("num_heads")).model
     assert model.encoder.learned_positions and model.pooling == ("mean" if "global_pool" in arguments else "cls")
     images = torch.tensor(pictures(model)[0])
@@ -99,9 +100,9 @@ def test_a_vitmae_of_transformers(layout, normalised, tmp_path):
     else:
         module.save_pretrained(tmp_path)
     if layout == "hf4":  # version 5 writes other names for the decoder's blocks than the files on the hub have
-        tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        tensors = safetensors_torch.load_file(tmp_path / "model.safetensors")
         tensors = {name.replace("decoder_encoder.layer", "decoder_layers"): x for name, x in tensors.items()}
-        safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+        safetensors_torch.save_file(tensors, tmp_path / "model.safetensors")
     opened = open_model(tmp_path)
     assert opened.layout == f"{layout}_pretraining" and not opened.model.encoder.learned_positions
     model = opened.model
