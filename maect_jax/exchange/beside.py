@@ -205,7 +205,9 @@ def _is_plain(value: Any, levels: int = _MAX_DEPTH) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """Content of a file of bounded size; '' where there is none."""
+    """Content of a file of bounded size; '' where there is none, or none that can be read to its end."""
+    if not path.is_file():
+        return ""
     try:
         with open(path, "rb") as file:
             content = file.read(_MAX_TEXT + 1)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ def test_the_encoder_from_a_file_computes_what_the_original_does(layout, kind, t
     assert sizes == (24, 3, 2, 8, 32, 3)
     assert opened.layout == SAME_NAMES.get(layout, layout)
     assert opened.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    normed = layout != "mae_finetuned"
+    normed = layout not in ("mae_finetuned", "timm_fc_norm")
     patches = jnp.asarray(np.random.default_rng(1).standard_normal((2, 16, 192)), jnp.float32)
     expected = jax.jit(encoder_of(CFG, final_norm=normed).apply)({"params": tree["encoder"]}, patches)
     np.testing.assert_array_equal(jax.jit(encoder.apply)({"params": model.params["encoder"]}, patches), expected)
@@ -216,6 +217,12 @@ def test_nonsense_beside_the_weights_counts_as_nothing_said(text, tree, tmp_path
         (tmp_path / name).write_text(text)
     refusal(open_model, tmp_path, ConfigError)
     assert open_model(tmp_path, heads=2).model.provenance.license == "unknown"
+
+
+def test_a_pipe_beside_the_weights_is_not_waited_for(tree, tmp_path):
+    written(tmp_path, tensors_of(tree, "timm_mae"), "safetensors").rename(tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "config.json")
+    assert open_model(tmp_path, heads=2).model.encoder.heads == 2
 
 
 def test_a_folder_without_weights_or_with_split_ones_is_refused(tmp_path):
