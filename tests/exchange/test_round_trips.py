@@ -123,7 +123,7 @@ def test_published_file_comes_out_with_the_same_tensors(kind, tmp_path):
     name, make, wrapped = FILES[kind]
     tensors = make()
     torch.save(wrapped(tensors), tmp_path / "published.th")
-    options = {"decoder_heads": 4} if "decoder_norm.bias" in tensors else {}
+    options = {"heads": 4} | ({"decoder_heads": 4} if "decoder_norm.bias" in tensors else {})
     file = convert(tmp_path / "published.th", name, tmp_path / "out", **options)
     assert_same_bytes(read(file), tensors)
     assert len(tensors) > 40
@@ -134,7 +134,7 @@ def test_encoder_comes_through_all_forms_with_the_same_tensors(tmp_path):
     torch.save({"model": tensors}, tmp_path / "published.pth")
     source = tmp_path / "published.pth"
     for i, name in enumerate(("timm", "hf-vitmae", "maect", "hf-vit", "mae")):
-        source = convert(source, name, tmp_path / str(i), **({"decoder_heads": 4} if i == 0 else {}))
+        source = convert(source, name, tmp_path / str(i), **({"heads": 4, "decoder_heads": 4} if i == 0 else {}))
     left_out = ("decoder", "mask_token")
     assert_same_bytes(read(source), {name: x for name, x in tensors.items() if not name.startswith(left_out)})
 
@@ -142,7 +142,7 @@ def test_encoder_comes_through_all_forms_with_the_same_tensors(tmp_path):
 def test_decoder_comes_through_transformers_form_with_the_same_tensors(tmp_path):
     tensors = full()
     torch.save({"model": tensors}, tmp_path / "published.pth")
-    between = convert(tmp_path / "published.pth", "hf-vitmae", tmp_path / "between", decoder_heads=4)
+    between = convert(tmp_path / "published.pth", "hf-vitmae", tmp_path / "between", heads=4, decoder_heads=4)
     assert_same_bytes(read(convert(between, "mae", tmp_path / "out")), tensors)
 
 

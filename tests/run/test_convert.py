@@ -126,7 +126,7 @@ def test_what_can_not_be_converted_is_refused_before_anything_is_written(run, pi
         (("--to", "timm", "--weights", run / "pretrain", "--raw"), "has no moving average"),
         (("--to", "hf-vit", "--weights", run, "--head", run / "config.resolved.yaml"), "neither safetensors"),
         (("--to", "onnx", "--weights", run, "--dtype", "bfloat16"), "float32"),
-        (("--to", "timm", "--weights", run, "--pixels", "plain"), "has no decoder"),
+        (("--to", "timm", "--weights", run, "--pixels", "plain"), "is a run, which knows"),
         (("--to", "timm", "--weights", run, "--image-size", "30"), "multiple of the patch"),
         (("--to", "timm", "--weights", run / "pretrain", "--decoder-heads", "4"), "is a run, which knows"),
         (("--to", "timm", "--weights", run, "--allow-missing", "decoder/*"), "is a run, which knows"),
