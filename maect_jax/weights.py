@@ -15,6 +15,8 @@ from maect_jax.evaluation.task import Weights
 from maect_jax.exchange.files import open_model
 from maect_jax.exchange.model import Model
 from maect_jax.exchange.positions import grid_of, resize, resize_note
+from maect_jax.exchange.provenance import Provenance
+from maect_jax.models.vit import ViT
 from maect_jax.trained import Trained, run_folder, run_settings, trained_at
 from maect_jax.training.checkpoint import absolute
 
@@ -102,19 +104,12 @@ def of_trained(
     averaged = f"exponential, {config.tune.ema_factor}" if tuned else "none"
 
     def weights(name: str, average: str, choose: Callable[[dict], dict]) -> Weights:
-        return Weights(
-            stage=name,
-            encoder=encoder,
-            load=lambda: for_grid(choose(trained.read(mesh)), encoder.grid),
-            pooling=config.model.pooling,
-            mean=config.data.mean,
-            std=config.data.std,
-            resize_ratio=config.data.resize_ratio,
-            channels=config.model.channels,
-            seed=config.seed,
-            origin=origin | {"average": average, "license": provenance.license},
-            provenance=replace(provenance, average=average),
-        )
+        about = origin | {"average": average, "license": provenance.license}
+
+        def load() -> dict:
+            return for_grid(choose(trained.read(mesh)), encoder.grid)
+
+        return _in_run(config, name, encoder, load, about, replace(provenance, average=average))
 
     found = [weights(trained.name, averaged, handover.encoder_of)]
     if tuned:
@@ -172,18 +167,27 @@ def of_initial(config: ConfigDict) -> Weights:
     opened = foreign.open_initial(config)
     params = foreign.sources_of(config, "head", opened)["encoder"]
     origin = {"source": opened.model.name, "stage": "pretrain", "layout": opened.layout, "file_sha256": opened.sha256}
+    origin |= {"license": opened.model.provenance.license, "average": "none"}
+    encoder = assemble.build_encoder(config)
+    return _in_run(config, "pretrain", encoder, lambda: params, origin, opened.model.provenance)
+
+
+def _in_run(
+    config: ConfigDict, stage: str, encoder: ViT, load: Callable[[], dict], origin: dict, provenance: Provenance
+) -> Weights:
+    """Weights whose pictures are prepared as the run's settings say."""
     return Weights(
-        stage="pretrain",
-        encoder=assemble.build_encoder(config),
-        load=lambda: params,
+        stage=stage,
+        encoder=encoder,
+        load=load,
         pooling=config.model.pooling,
         mean=config.data.mean,
         std=config.data.std,
         resize_ratio=config.data.resize_ratio,
         channels=config.model.channels,
         seed=config.seed,
-        origin=origin | {"license": opened.model.provenance.license, "average": "none"},
-        provenance=opened.model.provenance,
+        origin=origin,
+        provenance=provenance,
     )
 
 

@@ -69,7 +69,7 @@ def main(arguments: argparse.Namespace) -> None:
         dtype=arguments.dtype,
         prove=not arguments.no_proof,
     )
-    print(describe(proof, target.library), flush=True)
+    print(describe(proof, target.loader), flush=True)
     print(arguments.out, flush=True)
 
 

@@ -284,7 +284,7 @@ def test_outputs_of_another_shape_are_refused(tmp_path):
     model = random_model()
 
     class Other:
-        library = "other"
+        loader = "other"
 
         def outputs(self, *_):
             return {"tokens": np.zeros((2, 16, 48), np.float32)}

@@ -66,7 +66,7 @@ def test_folder_holds_weights_settings_preprocessing_card_and_their_proof(name, 
         assert path.name == "README.md" or f"| `{path.name}` | {path.stat().st_size:,} | `" in text
     assert ("## What the decoder predicts" in text) == (name in DECODED)
     front = yaml.safe_load(text.split("---\n")[1])
-    assert (front["license"], front["library_name"]) == ("cc-by-nc-4.0", TARGETS[name].library)
+    assert (front["license"], front["library_name"]) == ("cc-by-nc-4.0", TARGETS[name].loader)
 
 
 @pytest.mark.parametrize("name", sorted(set(TARGETS) - {"onnx"}))
@@ -119,7 +119,7 @@ class Broken:
 
     def __init__(self, step, action, target=TIMM):
         self.step, self.action, self.target = step, action, target
-        self.name, self.library = target.name, target.library
+        self.name, self.loader = target.name, target.loader
 
     def __getattr__(self, step):
         def does(*arguments):

@@ -15,7 +15,7 @@ from pathlib import Path
 class TorchvisionFinder(importlib.abc.MetaPathFinder):
     """Declares torchvision's operators when it is first looked for, so that nothing else imports PyTorch."""
 
-    library = None  # holds the declarations
+    declared = None  # holds the declarations
 
     def find_spec(self, name, path, target=None):
         if name == "torchvision":
@@ -31,9 +31,11 @@ class TorchvisionFinder(importlib.abc.MetaPathFinder):
             for binary in folder.glob("_C*.so"):
                 torch.ops.load_library(binary)
         except OSError:
-            TorchvisionFinder.library = torch.library.Library("torchvision", "FRAGMENT")
+            TorchvisionFinder.declared = torch.library.Library("torchvision", "FRAGMENT")
             for operator in ("nms", "qnms"):
-                self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                TorchvisionFinder.declared.define(
+                    f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                )
 
 
 sys.meta_path.insert(0, TorchvisionFinder())

@@ -90,8 +90,8 @@ def render(
         files=[(path.name, f"{path.stat().st_size:,}", sha256_of(path)) for path in sorted(folder.iterdir())],
         proof=proof,
         reason=_without_paths(proof.reason),
-        library=target.library,
-        versions=_versions(target.library),
+        library=target.loader,
+        versions=_versions(target.loader),
         tolerance=TOLERANCE,
         dtype=dtype,
         notes=list(notes),
@@ -179,7 +179,7 @@ def _front(model: Model, target: Target, lineage: Lineage) -> dict[str, Any]:
     known = re.sub("-only$|-or-later$", "", short)
     named = {"license": known} if known in _LICENSES.split() else {"license": "other", "license_name": short}
     task = "image-classification" if model.has_head else "image-feature-extraction"
-    return {**named, "library_name": target.library, "pipeline_tag": task, "tags": list(lineage.tags)}
+    return {**named, "library_name": target.loader, "pipeline_tag": task, "tags": list(lineage.tags)}
 
 
 def _architecture(encoder: ViT) -> str:

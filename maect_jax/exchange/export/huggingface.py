@@ -30,7 +30,7 @@ class HFViT:
     """
 
     name = "hf-vit"
-    library = "transformers"
+    loader = "transformers"
 
     def check(self, model: Model) -> None:
         _refuse_other_norms(self.name, model)
@@ -95,7 +95,7 @@ class HFViTMAE:
     """
 
     name = "hf-vitmae"
-    library = "transformers"
+    loader = "transformers"
 
     def check(self, model: Model) -> None:
         _refuse_other_norms(self.name, model)

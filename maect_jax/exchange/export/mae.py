@@ -24,7 +24,7 @@ class Mae:
     """`--to mae`: see `target.Target`."""
 
     name = "mae"
-    library = "pytorch"
+    loader = "pytorch"
 
     def check(self, model: Model) -> None:
         if model.decoder and (model.has_head or not model.encoder.final_norm):
@@ -75,7 +75,7 @@ class MaeCt:
     """`--to maect`: see `target.Target`."""
 
     name = "maect"
-    library = "pytorch"
+    loader = "pytorch"
 
     def check(self, model: Model) -> None:
         if model.has_head or not model.encoder.final_norm:

@@ -27,7 +27,7 @@ class Onnx:
     """`--to onnx`: see `target.Target`."""
 
     name = "onnx"
-    library = "onnx"
+    loader = "onnx"
 
     def check(self, model: Model) -> None:
         timm.refuse_two_norms(self.name, model)

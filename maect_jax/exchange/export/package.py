@@ -71,7 +71,7 @@ def write_package(
         target.write(rounded, folder, {NOTE: _note(model)})
         (folder / card.PREPROCESSOR).write_text(json.dumps(_preprocessing(model), indent=2) + "\n")
         if prove:
-            say(f"running what is written by {target.library}, and our model")
+            say(f"running what is written by {target.loader}, and our model")
         proof = _prove(target, rounded, folder) if prove else Proof(None, "the conversion was told not to")
         if dtype != "float32":
             _shorten(folder / WEIGHTS, dtype)
@@ -198,13 +198,13 @@ def _prove(target: Target, model: Model, folder: Path) -> Proof:
         raise
     except Exception as error:  # whatever a library of an unexpected version ends with
         what = card.one_line(f"{type(error).__name__}: {error}")
-        raise CheckpointError(f"{target.library} can not run what --to {target.name} wrote ({what})") from error
+        raise CheckpointError(f"{target.loader} can not run what --to {target.name} wrote ({what})") from error
     wrong = [f"{name} by {x:.1e}" for name, x in (proof.differences or {}).items() if not x <= TOLERANCE]
     if wrong:
         raise CheckpointError(
-            f"--to {target.name}: what {target.library} computes from the written files differs from our model: "
+            f"--to {target.name}: what {target.loader} computes from the written files differs from our model: "
             f"{', '.join(wrong)} of the largest value, where {TOLERANCE} is allowed; nothing is kept. Convert with "
-            f"another version of {target.library}"
+            f"another version of {target.loader}"
         )
     return proof
 

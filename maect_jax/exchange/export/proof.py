@@ -93,7 +93,7 @@ def compare(target: Target, model: Model, folder: Path) -> Proof:
     for name, found in theirs.items():
         if found.shape != expected[name].shape:
             raise CheckpointError(
-                f"{target.library}: {name} of {folder} have the shape {found.shape}, not {expected[name].shape}"
+                f"{target.loader}: {name} of {folder} have the shape {found.shape}, not {expected[name].shape}"
             )
     return Proof({name: difference(expected[name], found) for name, found in theirs.items()})
 

@@ -21,11 +21,11 @@ class Target(Protocol):
 
     Attributes:
       name: as `--to` takes it, such as 'timm'.
-      library: what loads the form.
+      loader: the library that loads the form.
     """
 
     name: str
-    library: str
+    loader: str
 
     def check(self, model: Model) -> None:
         """Raises ConfigError when the form can not express the model: what, why, and which form can."""

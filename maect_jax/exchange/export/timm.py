@@ -32,7 +32,7 @@ class Timm:
     """`--to timm`: see `target.Target`."""
 
     name = "timm"
-    library = "timm"
+    loader = "timm"
 
     def check(self, model: Model) -> None:
         refuse_two_norms(self.name, model)
