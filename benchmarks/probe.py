@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maect_jax.data.sources import ArraySource
+from maect_jax.data.sources.base import ArraySource
 from maect_jax.evaluation.probes import linear, linear_images
 from maect_jax.evaluation.probes.linear_heads import PRESETS
 from maect_jax.models.vit import ViT

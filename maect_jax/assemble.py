@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from maect_jax.config import updates_of, warmup_updates
-from maect_jax.data.augment import make_views
+from maect_jax.data.device.augment import make_views
 from maect_jax.models.mae import Decoder, MaskedAutoencoder
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.vit import ViT, split_blocks

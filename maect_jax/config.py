@@ -14,7 +14,7 @@ import yaml
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from maect_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from maect_jax.data.device.augment import IMAGENET_MEAN, IMAGENET_STD
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation.task import QUICK
 from maect_jax.models.vit import SIZES

@@ -6,7 +6,7 @@ import math
 from ml_collections import ConfigDict
 
 from maect_jax.config import STAGES, TRAINED, flatten
-from maect_jax.data.augment import AUGMENTATIONS
+from maect_jax.data.device.augment import AUGMENTATIONS
 from maect_jax.evaluation.presets import PRESETS
 from maect_jax.evaluation.protocols import EVALUATIONS, unknown, unusable_robustness
 from maect_jax.evaluation.task import DTYPES, PROBE_FROM

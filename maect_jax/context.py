@@ -6,7 +6,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from maect_jax.data.sources import Source
+from maect_jax.data.sources.base import Source
 from maect_jax.training.logbook import Logbook
 from maect_jax.training.stop import StopRequest
 

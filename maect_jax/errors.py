@@ -27,6 +27,22 @@ class DataError(MaectError):
     status = 3
 
 
+class BadPicture(DataError):
+    """One picture, or the record that holds it, can not be read. `data.bad` says whether another takes its place.
+
+    Attributes:
+      where: its path, or data set, shard and record.
+      reason: what is wrong with it.
+    """
+
+    def __init__(self, where: str, reason: str, mend: str = "replace it"):
+        super().__init__(f"{where}: {reason}; {mend}, or take it out")
+        self.where, self.reason, self.mend = where, reason, mend
+
+    def __reduce__(self):  # loader processes send it
+        return BadPicture, (self.where, self.reason, self.mend)
+
+
 class CheckpointError(MaectError):
     """A checkpoint is missing, damaged, or of another architecture or config."""
 

@@ -9,8 +9,8 @@ from ml_collections import ConfigDict
 
 from maect_jax import assemble, foreign, weights
 from maect_jax.context import Run
-from maect_jax.data.pipeline import EvaluationBatches, evaluation_batches
-from maect_jax.data.sources import Source
+from maect_jax.data.batches.evaluation import EvaluationBatches
+from maect_jax.data.sources.base import Source
 from maect_jax.evaluation import figures, knn, suite
 from maect_jax.evaluation.features import Features, extract, make_extractor
 from maect_jax.evaluation.pictures import reconstruct
@@ -26,7 +26,7 @@ RECONSTRUCTIONS = 12
 
 def _batches(run: Run, source: Source, limit: int | None = None) -> EvaluationBatches:
     config = run.config
-    return evaluation_batches(
+    return EvaluationBatches(
         source,
         batch=config.evaluate.batch,
         image_size=config.model.image_size,

@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 from maect_jax import config as settings
 from maect_jax import config_checks
 from maect_jax.context import Run
-from maect_jax.data.sources import Source, open_source
+from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.open import open_source
 from maect_jax.errors import ConfigError, DataError
 from maect_jax.handover import check_order
 from maect_jax.parallel.mesh import make_mesh

@@ -13,7 +13,7 @@ from clu import parameter_overview
 from maect_jax import assemble, evaluate
 from maect_jax.config import TRAINED, plain, updates_of
 from maect_jax.context import Run
-from maect_jax.data.pipeline import training_batches
+from maect_jax.data.batches.training import training_batches
 from maect_jax.evaluation.health import health
 from maect_jax.foreign import file_hash
 from maect_jax.handover import encoder_of, evaluated_folders, parts_of, read_done, stage_sources

@@ -14,7 +14,8 @@ import pyarrow.parquet
 from etils import epath
 
 from maect_jax.commands.evaluate import add_instead, check_counts, check_devices, data_of, instead_of, names_of
-from maect_jax.data.sources import Source, open_source
+from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.open import open_source
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation.features import Features, elementary
 from maect_jax.evaluation.suite import Place, make_task

@@ -12,7 +12,8 @@ import jax
 from etils import epath
 
 from maect_jax.config import default
-from maect_jax.data.sources import Source, open_source
+from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.open import open_source
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation import presets, protocols, suite
 from maect_jax.evaluation.task import DTYPES, PROBE_FROM, QUICK, Settings

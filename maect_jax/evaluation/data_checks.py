@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from maect_jax.data.sources import Source
+from maect_jax.data.sources.base import Source
 from maect_jax.errors import DataError
 from maect_jax.evaluation.features import Features
 

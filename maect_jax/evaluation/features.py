@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maect_jax.data.augment import normalise
+from maect_jax.data.device.augment import normalise
 from maect_jax.errors import ConfigError
 from maect_jax.models.patches import patchify
 from maect_jax.models.vit import ViT, layer_norm, pool
@@ -142,7 +142,7 @@ def extract(
     Args:
       extractor: from `make_extractor`.
       params: encoder parameters.
-      batches: dicts with 'image', 'id', 'label', 'content', 'valid'; see `data.pipeline.evaluation_batches`.
+      batches: dicts with 'image', 'id', 'label', 'content', 'valid'; see `data.pipeline.EvaluationBatches`.
       depth: number of blocks of the encoder.
       check: called before every batch; may raise to stop.
       dtype: that the vectors are kept in, float32 or bfloat16.

@@ -6,8 +6,8 @@ import numpy as np
 from etils import epath
 from sklearn.manifold import TSNE
 
-from maect_jax.data.decode import central_crop
-from maect_jax.data.sources import Source
+from maect_jax.data.host.crops import central_crop
+from maect_jax.data.sources.base import Source
 from maect_jax.evaluation import knn
 from maect_jax.evaluation.features import Features
 from maect_jax.evaluation.pictures import choose_queries

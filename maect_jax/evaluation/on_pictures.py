@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maect_jax.data.augment import normalise
+from maect_jax.data.device.augment import normalise
 from maect_jax.evaluation import figures, health, labelled, views
 from maect_jax.evaluation import robustness as other_sets
 from maect_jax.evaluation.kept_heads import keep_finetuning

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maect_jax.data.augment import normalise
+from maect_jax.data.device.augment import normalise
 from maect_jax.models.mae import MaskedAutoencoder
 from maect_jax.models.patches import patchify, unpatchify
 from maect_jax.objectives.masking import mask_noise, patches_to_keep, shuffle

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from maect_jax.data.sources import Source
+from maect_jax.data.sources.base import Source
 from maect_jax.errors import DataError
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from maect_jax.data.sources import Source, open_source
+from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.open import open_source
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation import data_checks, figures, presets, protocols
 from maect_jax.evaluation.cache import FeatureCache

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from maect_jax.data.pipeline import evaluation_batches
-from maect_jax.data.sources import Source
+from maect_jax.data.batches.evaluation import EvaluationBatches
+from maect_jax.data.sources.base import Source
 from maect_jax.evaluation.cache import FeatureCache
 from maect_jax.evaluation.features import Features, elementary, extract, make_extractor
 from maect_jax.exchange.provenance import Provenance
@@ -195,8 +195,8 @@ class Task:
         return held
 
     def batches(self, source: Source, limit: int | None = None):
-        """Every picture once, cropped as the protocol says; see `data.pipeline.evaluation_batches`."""
-        return evaluation_batches(
+        """Every picture once, cropped as the protocol says; see `data.pipeline.EvaluationBatches`."""
+        return EvaluationBatches(
             source,
             batch=self.settings.batch,
             image_size=self.weights.encoder.image_size,

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from maect_jax.data.augment import make_views, normalise
-from maect_jax.data.sources import Source
+from maect_jax.data.device.augment import make_views, normalise
+from maect_jax.data.sources.base import Source
 from maect_jax.evaluation.features import elementary, forward
 from maect_jax.evaluation.health import alignment
 from maect_jax.evaluation.task import Task

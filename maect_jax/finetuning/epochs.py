@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maect_jax.data.augment import normalise
+from maect_jax.data.device.augment import normalise
 from maect_jax.finetuning.model import Classifier
 from maect_jax.finetuning.step import evaluated_params
 from maect_jax.models.patches import patchify
@@ -47,7 +47,7 @@ def make_scorer(model: Classifier, mean: tuple[float, ...], std: tuple[float, ..
 
 
 def score(scorer: Scorer, params: dict, batches: Iterable[dict], check: Callable[[], None]) -> Score:
-    """The score of every picture of `data.pipeline.evaluation_batches`; `check` is called before each batch."""
+    """The score of every picture of `data.pipeline.EvaluationBatches`; `check` is called before each batch."""
     correct, nats, waiting = [], [], None
 
     def read(found: tuple) -> None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from maect_jax.data.sources import Source
+from maect_jax.data.sources.base import Source
 from maect_jax.errors import ConfigError, DataError
 from maect_jax.evaluation.rows import HELD_OUT, hold_out
 from maect_jax.finetuning.epochs import SELECTION_RULE

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from maect_jax.data.randaugment import RandAugment
+from maect_jax.data.device.randaugment import RandAugment
 from maect_jax.errors import ConfigError
 from maect_jax.models.vit import SIZES
 

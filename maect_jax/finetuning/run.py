@@ -14,9 +14,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from maect_jax.data.pipeline import evaluation_batches, training_batches
-from maect_jax.data.sources import Source
-from maect_jax.data.subset import SubsetSource
+from maect_jax.data.batches.evaluation import EvaluationBatches
+from maect_jax.data.batches.training import training_batches
+from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.subset import SubsetSource
 from maect_jax.errors import CheckpointError
 from maect_jax.evaluation.rows import round_up
 from maect_jax.exchange.provenance import Provenance, trained, without_place
@@ -110,7 +111,7 @@ def fine_tune(
       folder: of this fine-tuning alone.
       seed: of order, augmentation, head and held-out rows.
       stop: asked after every update and before every measured batch.
-      mean, std, resize_ratio: of the pictures; see `data.augment.normalise` and `data.pipeline.evaluation_batches`.
+      mean, std, resize_ratio: of the pictures; see `data.augment.normalise` and `data.pipeline.EvaluationBatches`.
       provenance: of the encoder; that of the fine-tuning is kept in its checkpoints.
       epochs: instead of the recipe's, the warm-up in proportion.
       batch: instead of the recipe's, which is cut for few rows; see `recipes.fitting_batch`.
@@ -140,7 +141,7 @@ def fine_tune(
         return first_state(start_params(plan.model, encoder_params, values, key), plan.recipe)
 
     def batches_of(source: Source):
-        return evaluation_batches(
+        return EvaluationBatches(
             source,
             batch=round_up(min(evaluation_batch, max(len(test_source), len(plan.held_out))), mesh.size),
             image_size=encoder.image_size,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from maect_jax.data.augment import crop_and_flip, normalise
-from maect_jax.data.mixing import mixup_cutmix, random_erasing, smooth_labels, soft_cross_entropy
-from maect_jax.data.randaugment import rand_augment
+from maect_jax.data.device.augment import crop_and_flip, normalise
+from maect_jax.data.device.mixing import mixup_cutmix, random_erasing, smooth_labels, soft_cross_entropy
+from maect_jax.data.device.randaugment import rand_augment
 from maect_jax.finetuning.model import Classifier, branch_scales
 from maect_jax.finetuning.recipes import Recipe
 from maect_jax.models.patches import patchify

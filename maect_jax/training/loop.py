@@ -5,6 +5,7 @@ updates write them · every `monitor_every` updates evaluate · every `save_ever
 the step it has just dispatched.
 """
 
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -161,13 +162,13 @@ class _Meter:
     def _restart(self, step: int) -> None:
         """Speeds are measured from this step on."""
         self._last_step, self._last_time, self._paused = step, time.perf_counter(), 0.0
-        self._waited = self._stage.batches.wait_seconds
+        self._loaded = dataclasses.replace(self._stage.batches.telemetry)
 
     def _write(self, step: int, values: dict) -> None:
         elapsed = max(time.perf_counter() - self._last_time - self._paused, 1e-9)
         updates = max(step - self._last_step, 1)
         values["images_per_second"] = updates * self._stage.batch / elapsed
-        values["data_wait"] = min(1.0, (self._stage.batches.wait_seconds - self._waited) / elapsed)
+        values |= self._stage.batches.telemetry.since(self._loaded, elapsed)
         self._restart(step)
         del values["skipped_in_a_row"]
         for name in self._stage.hidden:

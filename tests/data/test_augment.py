@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from maect_jax.data import augment
-from maect_jax.data.augment import IMAGENET_MEAN, IMAGENET_STD, make_views
+from maect_jax.data.device import augment
+from maect_jax.data.device.augment import IMAGENET_MEAN, IMAGENET_STD, make_views
 from maect_jax.randomness import sample_keys
 
 

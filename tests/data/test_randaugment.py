@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
 
-from maect_jax.data.randaugment import NOTHING, OPERATIONS, RandAugment, apply_operation, rand_augment
+from maect_jax.data.device.randaugment import NOTHING, OPERATIONS, RandAugment, apply_operation, rand_augment
 from maect_jax.parallel.mesh import batch_sharding, make_mesh
 
 MEAN = (0.485, 0.456, 0.406)

@@ -11,8 +11,10 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from maect_jax.data import decode
-from maect_jax.data.sources import ArraySource, load_resident, open_source
+from maect_jax.data.batches.resident import load_resident
+from maect_jax.data.host.decode import decode
+from maect_jax.data.sources.base import ArraySource
+from maect_jax.data.sources.open import open_source
 from maect_jax.errors import DataError
 
 
@@ -202,14 +204,14 @@ def test_every_mode_becomes_grey_or_rgb_as_pillow_converts(mode):
     image.save(encoded, "TIFF")
     for channels, target in ((1, "L"), (3, "RGB")):
         expected = np.asarray(image.convert(target)).reshape(6, 8, channels)
-        np.testing.assert_array_equal(decode.decode(encoded.getvalue(), channels, "x"), expected)
+        np.testing.assert_array_equal(decode(encoded.getvalue(), channels, "x"), expected)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     values = np.array([[0, 256, 0x7FFF, 0xFFFF]], np.uint16)
     encoded = io.BytesIO()
     Image.fromarray(values).save(encoded, "PNG")
-    np.testing.assert_array_equal(decode.decode(encoded.getvalue(), 1, "x")[0, :, 0], [0, 1, 127, 255])
+    np.testing.assert_array_equal(decode(encoded.getvalue(), 1, "x")[0, :, 0], [0, 1, 127, 255])
 
 
 def test_files_do_not_give_four_channels(pets):
@@ -219,10 +221,10 @@ def test_files_do_not_give_four_channels(pets):
 
 def test_digits_come_from_the_embedded_set_in_the_channels_asked_for(monkeypatch):
     images = np.stack([pixels(i, 32, 32) for i in range(4)])
-    digits = types.ModuleType("maect_jax.data.digits")
+    digits = types.ModuleType("maect_jax.data.sources.digits")
     digits.load = lambda split, seed=0: (images, np.arange(4, dtype=np.int32), ("a", "b", "c", "d"))
-    monkeypatch.setitem(sys.modules, "maect_jax.data.digits", digits)
-    monkeypatch.setattr("maect_jax.data.digits", digits, raising=False)
+    monkeypatch.setitem(sys.modules, "maect_jax.data.sources.digits", digits)
+    monkeypatch.setattr("maect_jax.data.sources.digits", digits, raising=False)
     source = open_source("digits", "test")
     assert (len(source), source.classes) == (4, ("a", "b", "c", "d"))
     np.testing.assert_array_equal(source.image(2), images[2])
@@ -283,7 +285,8 @@ def test_unknown_names_come_with_a_suggestion(tmp_path):
 
 def test_resident_set_holds_every_picture_in_order(pets):
     source = open_source(str(pets), "train")
-    images = load_resident(source)
+    images, used = load_resident(source)
+    np.testing.assert_array_equal(used, np.arange(6))
     np.testing.assert_array_equal(images, np.stack([source.image(i) for i in range(6)]))
     assert load_resident(source, limit_bytes=images.nbytes) is not None
     assert load_resident(source, limit_bytes=images.nbytes - 1) is None
@@ -293,8 +296,8 @@ def test_resident_set_needs_one_size(tmp_path):
     for i in range(200):
         write(tmp_path / f"{i:03}.png", i)
     source = open_source(str(tmp_path), "train")
-    assert load_resident(source).shape == (200, 6, 8, 3)
+    assert load_resident(source)[0].shape == (200, 6, 8, 3)
     write(tmp_path / "001.png", 0, height=7)  # not among the headers that are asked first
     assert load_resident(source) is None
     images = np.zeros((3, 4, 4, 2), np.uint8)
-    assert load_resident(ArraySource("memory", images)) is images
+    assert load_resident(ArraySource("memory", images))[0] is images

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maect_jax.data.pipeline import training_batches
-from maect_jax.data.sources import ArraySource, FolderSource, load_resident, open_source
-from maect_jax.data.subset import SubsetSource
+from maect_jax.data.batches.resident import load_resident
+from maect_jax.data.batches.training import training_batches
+from maect_jax.data.sources.base import ArraySource
+from maect_jax.data.sources.folder import FolderSource
+from maect_jax.data.sources.open import open_source
+from maect_jax.data.sources.subset import SubsetSource
 from maect_jax.errors import DataError
 from maect_jax.parallel.mesh import batch_sharding, make_mesh
 
@@ -43,7 +46,7 @@ def test_pictures_labels_and_names_are_those_of_the_rows(kind, whole, folder):
         np.testing.assert_array_equal(picture, source.image(row))
         assert label == subset.labels[index] == source.labels[row]
         assert subset.size(index) == (6, 8)
-    np.testing.assert_array_equal(load_resident(subset), np.stack([source.image(row) for row in ROWS]))
+    np.testing.assert_array_equal(load_resident(subset)[0], np.stack([source.image(row) for row in ROWS]))
 
 
 def test_subset_of_a_subset_counts_in_the_first(whole):
@@ -53,9 +56,9 @@ def test_subset_of_a_subset_counts_in_the_first(whole):
 
 def test_no_picture_is_read_before_it_is_asked_for(folder, monkeypatch):
     read = []
-    monkeypatch.setattr(FolderSource, "image", lambda self, index: read.append(index))
+    monkeypatch.setattr(FolderSource, "read", lambda self, index: (np.zeros((1, 1, 3), np.uint8), read.append(index)))
     subset = pickle.loads(pickle.dumps(SubsetSource(folder, ROWS)))
-    subset.labels, subset.digest(), subset.fingerprint(), subset.file_names(), subset.size(1)
+    subset.labels, subset.digest(), subset.fingerprint(), subset.file_names()
     assert not read
     subset.image(1)
     assert read == [2]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from maect_jax.data.pipeline import evaluation_batches
-from maect_jax.data.sources import ArraySource
+from maect_jax.data.batches.evaluation import EvaluationBatches
+from maect_jax.data.sources.base import ArraySource
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation.cache import FeatureCache
 from maect_jax.evaluation.features import Features, elementary, extract, forward, make_extractor
@@ -87,7 +87,7 @@ def test_a_block_that_the_encoder_does_not_have_is_refused(name):
 def extracted(params, pictures, devices, names=("cls",), **settings):
     mesh = make_mesh(devices=jax.devices()[:devices])
     source = ArraySource("made", pictures, np.arange(len(pictures)) % 3, ("a", "b", "c"))
-    loader = evaluation_batches(source, batch=8, image_size=16, sharding=batch_sharding(mesh), resize_ratio=1.0)
+    loader = EvaluationBatches(source, batch=8, image_size=16, sharding=batch_sharding(mesh), resize_ratio=1.0)
     return extract(make_extractor(ENCODER, names, MEAN, STD, mesh), params, loader, DEPTH, **settings)
 
 

@@ -10,7 +10,7 @@ import pytest
 import safetensors
 from etils import epath
 
-from maect_jax.data.sources import ArraySource
+from maect_jax.data.sources.base import ArraySource
 from maect_jax.errors import CheckpointError, ConfigError
 from maect_jax.evaluation import on_pictures
 from maect_jax.evaluation.kept_heads import keep_probe

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maect_jax.data.sources import ArraySource, open_source
+from maect_jax.data.sources.base import ArraySource
+from maect_jax.data.sources.open import open_source
 from maect_jax.errors import DataError, Preempted
 from maect_jax.evaluation.probes import linear, linear_images
 from maect_jax.evaluation.probes.linear_heads import PRESETS

@@ -7,7 +7,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from maect_jax.data.sources import ArraySource, open_source
+from maect_jax.data.sources.base import ArraySource
+from maect_jax.data.sources.open import open_source
 from maect_jax.errors import DataError
 from maect_jax.evaluation.robustness import correct, match
 

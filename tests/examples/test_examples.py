@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from maect_jax.data.decode import central_crop, decode
+from maect_jax.data.host.crops import central_crop
+from maect_jax.data.host.decode import decode
 from maect_jax.evaluation import pictures as evaluation
 from maect_jax.exchange import positions
 from maect_jax.exchange.export.package import write_package

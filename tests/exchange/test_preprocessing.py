@@ -8,7 +8,7 @@ from needed import needed
 from PIL import Image
 from test_transformers4 import BESIDE, run
 
-from maect_jax.data.decode import central_crop
+from maect_jax.data.host.crops import central_crop
 from maect_jax.exchange.export.package import write_package
 from maect_jax.exchange.export.targets import TARGETS
 from models import random_model

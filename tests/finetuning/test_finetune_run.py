@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import maect_jax
-from maect_jax.data.randaugment import RandAugment
-from maect_jax.data.sources import ArraySource
+from maect_jax.data.device.randaugment import RandAugment
+from maect_jax.data.sources.base import ArraySource
 from maect_jax.errors import CheckpointError, ConfigError, DataError, Preempted
 from maect_jax.exchange.provenance import Provenance
 from maect_jax.finetuning.plan import split_rows

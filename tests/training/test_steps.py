@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maect_jax.data.augment import make_views
+from maect_jax.data.device.augment import make_views
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.vit import split_blocks
 from maect_jax.neighbors.queue import SupportQueue

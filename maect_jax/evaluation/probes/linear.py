@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maect_jax.data.pipeline import step_ids
+from maect_jax.data.host.counters import step_ids
 from maect_jax.evaluation.probes.linear_heads import PRESETS, LinearPreset, create_state, initial_kernels, probe_step
 from maect_jax.evaluation.probes.linear_selection import (
     LinearResult,

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from maect_jax.data.augment import make_views
-from maect_jax.data.pipeline import training_batches
-from maect_jax.data.sources import Source
-from maect_jax.data.subset import SubsetSource
+from maect_jax.data.batches.training import training_batches
+from maect_jax.data.device.augment import make_views
+from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.subset import SubsetSource
 from maect_jax.evaluation.features import elementary, forward
 from maect_jax.evaluation.probes.linear import first_state
 from maect_jax.evaluation.probes.linear_heads import LinearPreset, probe_step

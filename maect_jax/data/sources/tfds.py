@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 import tensorflow_datasets as tfds
 
-from maect_jax.data import decode
-from maect_jax.data.sources import Source
+from maect_jax.data.host.decode import threads
+from maect_jax.data.sources.base import Source
 from maect_jax.errors import DataError
 
 
@@ -57,7 +57,7 @@ class TfdsSource(Source):
     def labels(self) -> np.ndarray:
         if self.label_key is None:
             return np.full(len(self), -1, np.int32)
-        with ThreadPoolExecutor(decode.threads()) as pool:
+        with ThreadPoolExecutor(threads()) as pool:
             starts = range(0, len(self), 1024)
             return np.concatenate(list(pool.map(self._labels_from, starts)))
 
@@ -90,23 +90,15 @@ class TfdsSource(Source):
     def __len__(self) -> int:
         return len(self._records)
 
-    def _where(self, index: int) -> str:
+    def where(self, index: int) -> str:
         return f"TFDS {self.name!r}, {self.split} record {index}"
 
-    def _pixels(self, record: dict, index: int) -> np.ndarray:
-        return decode.decode(record[self.image_key], self.channels, self._where(index))
-
-    def image(self, index: int) -> np.ndarray:
-        return self._pixels(self._records[index], index)
+    def read(self, index: int) -> tuple[bytes, int]:
+        record = self._records[index]
+        return record[self.image_key], -1 if self.label_key is None else int(record[self.label_key])
 
     def size(self, index: int) -> tuple[int, int]:
-        if None not in self.shape[:2]:
-            return self.shape[:2]
-        return decode.header_size(self._records[index][self.image_key], self._where(index))
-
-    def sample(self, index: int) -> tuple[np.ndarray, int]:
-        record = self._records[index]
-        return self._pixels(record, index), -1 if self.label_key is None else int(record[self.label_key])
+        return self.shape[:2] if None not in self.shape[:2] else super().size(index)
 
 
 def _preparation(name: str, data_dir: str | None) -> str:
@@ -119,7 +111,7 @@ def _preparation(name: str, data_dir: str | None) -> str:
 
 
 def open_tfds(name: str, split: str, channels: int, data_dir: str | None, key: str) -> TfdsSource:
-    """The data set `name` as prepared in `data_dir`; arguments and errors as `sources.open_source`."""
+    """The data set `name` as prepared in `data_dir`; arguments and errors as `open.open_source`."""
     named = re.fullmatch(r"(\w+)(?:/([\w.-]+))?(?::[\d.*]+)?", name)
     try:
         if not named:

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import numpy as np
 
-from maect_jax.data.sources import Source
+from maect_jax.data.sources.base import Source
 from maect_jax.errors import DataError
 
 
@@ -44,14 +44,14 @@ class SubsetSource(Source):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def image(self, index: int) -> np.ndarray:
-        return self.source.image(int(self.rows[index]))
+    def read(self, index: int):
+        return self.source.read(int(self.rows[index]))
+
+    def where(self, index: int) -> str:
+        return self.source.where(int(self.rows[index]))
 
     def size(self, index: int) -> tuple[int, int]:
         return self.source.size(int(self.rows[index]))
-
-    def sample(self, index: int) -> tuple[np.ndarray, int]:
-        return self.source.sample(int(self.rows[index]))
 
     def digest(self) -> str:
         return f"{len(self)} rows {self._hash()[:16]} of {self.source.digest()}"

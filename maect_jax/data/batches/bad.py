@@ -1,0 +1,101 @@
+"""Pictures that can not be used: noted once each in `bad_images.jsonl`, and too many of them end the run.
+
+A data set of millions has some bad files, and a run of days must not end at one; a broken disk, or a folder of another
+kind of files, must. So a bad picture gives its place to a neighbour (`samples.usable`) or, in an evaluation, is left
+out, and a share of more than `LIMIT` of the set is an error.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from etils import epath
+
+from maect_jax.data.batches.samples import Bad
+from maect_jax.data.sources.base import Source
+from maect_jax.errors import DataError
+
+_LOG = logging.getLogger(__name__)
+
+POLICIES = ("error", "skip")
+LIMIT = 0.001  # of the pictures of a set
+
+
+class BadPictures:
+    """What is done about bad pictures in one run, and which there were.
+
+    Args:
+      policy: 'error' (the first one ends the run) or 'skip'.
+      limit: share of a set that may be bad.
+      path: of `bad_images.jsonl`, to which a line a picture is added: data set, id, path, reason, the id that took its
+        place; None = not written. Lines of earlier starts are known and not written again.
+
+    Attributes:
+      found: how many there are of each set, by its name.
+    """
+
+    def __init__(self, policy: str = "skip", limit: float = LIMIT, path: str | Path | epath.Path | None = None):
+        if policy not in POLICIES:
+            raise ValueError(f"policy: {policy!r} is none of {', '.join(POLICIES)}")
+        self.policy, self.limit = policy, limit
+        self.path = None if path is None else epath.Path(path)
+        self._where: dict[int, tuple[Source, set[str]]] = {}
+        self._written, self._start = self._read()
+
+    def note(self, source: Source, bad: list[Bad]) -> None:
+        """Takes what a chunk found.
+
+        Raises:
+          DataError: more than the limit of the set's pictures are bad.
+        """
+        if not bad:
+            return
+        _, seen = self._where.setdefault(id(source), (source, set()))  # with the source, so that its id stays its own
+        for picture in bad:
+            seen.add(picture.where)
+            if picture.where not in self._written:
+                self._written.add(picture.where)
+                self._write(source, picture)
+        if len(seen) > self.limit * len(source):
+            last = bad[-1]
+            share = f"{self.limit:.3%}".rstrip("0").rstrip(".%") + "%"
+            raise DataError(
+                f"data: {len(seen)} of {len(source)} pictures of {source.name!r} can not be used, more than {share}; "
+                f"the last is {last.where}: {last.reason}. "
+                + (f"All are in {self.path}. " if self.path else "")
+                + "List the bad ones with `python -m maect_jax data verify`, and replace them or take them out"
+                + f"; or allow more with data.bad_limit (now {self.limit})"
+            )
+
+    def count(self, source: Source) -> int:
+        """How many bad pictures of `source` were met."""
+        return len(self._where.get(id(source), (source, ()))[1])
+
+    def _write(self, source: Source, picture: Bad) -> None:
+        what = "is left out" if picture.replaced_by < 0 else f"is replaced by {source.where(picture.replaced_by)}"
+        _LOG.warning("bad picture %s (%s) %s", picture.where, picture.reason, what)
+        if self.path is None:
+            return
+        line = {
+            "set": source.name,
+            "id": picture.sample_id,
+            "path": picture.where,
+            "reason": picture.reason,
+            "replaced_by": picture.replaced_by if picture.replaced_by >= 0 else None,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(self._start + json.dumps(line) + "\n")
+        self._start = ""
+
+    def _read(self) -> tuple[set[str], str]:
+        """The paths that are in the file, and what ends its last line if the machine went down within it."""
+        if self.path is None or not self.path.exists():
+            return set(), ""
+        known, text = set(), self.path.read_text()
+        for line in text.splitlines():
+            try:
+                known.add(json.loads(line)["path"])
+            except (ValueError, TypeError, KeyError):
+                continue
+        return known, "\n" if text and not text.endswith("\n") else ""

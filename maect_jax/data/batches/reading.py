@@ -1,0 +1,161 @@
+"""Chunks ahead of time: Grain loads them in threads or processes, one thread assembles batches and places them."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import grain
+import jax
+import numpy as np
+from absl import flags
+
+from maect_jax.data.batches.bad import BadPictures
+from maect_jax.data.batches.samples import Columns, Notes, Rows
+from maect_jax.data.host.decode import threads
+from maect_jax.data.sources.base import Source
+
+AHEAD = 2  # batches that are ready on the devices
+
+
+@dataclass
+class Telemetry:
+    """What loading has cost since it began; written by the loader's thread, read by the training loop.
+
+    Attributes:
+      wait_seconds: that the consumer waited for batches.
+      asked: batches it asked for.
+      ready: batches that were ready when it asked, summed over all times; ready / asked is the mean queue depth.
+      pictures: pictures loaded (not views).
+      bytes: of encoded pictures that were read.
+      load_seconds: reading, decoding and cropping, summed over threads and processes.
+    """
+
+    wait_seconds: float = 0.0
+    asked: int = 0
+    ready: int = 0
+    pictures: int = 0
+    bytes: int = 0
+    load_seconds: float = 0.0
+
+    def since(self, earlier: "Telemetry", seconds: float) -> dict[str, float]:
+        """What is reported of the `seconds` since `earlier`.
+
+        Returns:
+          data_wait: share of the time that the consumer waited; and, of what was loaded: data_ready: batches that were
+          ready when one was asked for, of at most `AHEAD`; decode_per_second: pictures a loader thread or process
+          read, decoded and cropped in a second of its work; data_mb_per_second: of encoded pictures, a second of time.
+        """
+        values = {"data_wait": min(1.0, (self.wait_seconds - earlier.wait_seconds) / seconds)}
+        if (pictures := self.pictures - earlier.pictures) and (work := self.load_seconds - earlier.load_seconds) > 0:
+            values["data_ready"] = (self.ready - earlier.ready) / max(self.asked - earlier.asked, 1)
+            values["decode_per_second"] = pictures / work
+            values["data_mb_per_second"] = (self.bytes - earlier.bytes) / seconds / 1e6
+        return values
+
+
+class Reader:
+    """Iterator over this host's batches on the devices, a few of them ready.
+
+    Args:
+      load: place in the stream -> (columns, notes) of a chunk, see `samples`; runs in loader threads or processes.
+      rows: of a batch that this host loads.
+      steps: range of steps to read; `stop` 0 = for ever.
+      workers: processes; 0 = threads of this one.
+      place: local arrays -> arrays on the devices.
+      source, bad: what is done about pictures that can not be used.
+
+    Raises (while iterating):
+      DataError: a chunk ended in an error, or too many pictures are bad.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int], tuple[Columns, Notes]],
+        rows: Rows,
+        steps: tuple[int, int],
+        workers: int,
+        place: Callable[[Columns], dict[str, jax.Array]],
+        source: Source,
+        bad: BadPictures,
+    ):
+        self.telemetry = Telemetry()
+        self._rows, self._place, self._source, self._bad = rows, place, source, bad
+        self._chunks = _read_ahead(load, rows, *steps, workers)
+        self._queue: queue.Queue = queue.Queue(AHEAD)
+        self._stopped = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._fill, name="batches", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        if self._ended:
+            raise StopIteration
+        began = time.perf_counter()
+        self.telemetry.asked += 1
+        self.telemetry.ready += self._queue.qsize()
+        batch = self._queue.get()
+        self.telemetry.wait_seconds += time.perf_counter() - began
+        if isinstance(batch, BaseException):
+            self._ended = True
+            raise batch
+        return batch
+
+    def close(self) -> None:
+        """Stops the loader threads and processes."""
+        self._ended = True
+        self._stopped.set()
+        while not self._queue.empty():  # the thread may be waiting to put one
+            self._queue.get()
+        self._thread.join()
+        self._chunks.close()
+
+    def _fill(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                self._put(self._place(self._assemble()))
+        except BaseException as error:  # StopIteration among them
+            self._put(error)
+
+    def _put(self, item) -> None:
+        while not self._stopped.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def _assemble(self) -> Columns:
+        """The next batch of this host: the one copy between a loader and the devices."""
+        columns: Columns = {}
+        telemetry, size = self.telemetry, self._rows.chunk
+        for part in range(self._rows.chunks):
+            chunk, notes = next(self._chunks)
+            self._bad.note(self._source, notes.bad)
+            if notes.error is not None:
+                raise notes.error
+            for key, array in chunk.items():
+                if key not in columns:
+                    columns[key] = np.empty((len(self._rows.rows), *array.shape[1:]), array.dtype)
+                columns[key][part * size : (part + 1) * size] = np.asarray(array)
+            telemetry.pictures += size
+            telemetry.bytes += notes.bytes
+            telemetry.load_seconds += notes.seconds
+        return columns
+
+
+def _read_ahead(load: Callable[[int], tuple[Columns, Notes]], rows: Rows, start: int, stop: int, workers: int):
+    """Grain's iterator over the chunks of steps `start` to `stop`, in their order whatever the workers."""
+    stop = stop or 2**40 // rows.chunks
+    chunks = grain.MapDataset.range(start * rows.chunks, stop * rows.chunks).map(load)
+    if not workers:
+        ahead = max(threads(), 2 * rows.chunks)
+        return iter(chunks.to_iter_dataset(grain.ReadOptions(num_threads=threads(), prefetch_buffer_size=ahead)))
+    if not flags.FLAGS.is_parsed():  # Grain reads its flags when it starts processes; outside absl.app no one did
+        flags.FLAGS.mark_as_parsed()
+    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    buffer = max(1, -(-2 * rows.chunks // workers))
+    return iter(chunks.to_iter_dataset(reading).mp_prefetch(grain.MultiprocessingOptions(workers, buffer)))
