@@ -1,9 +1,10 @@
 """python -m maect_jax COMMAND …: finds the command and runs it."""
 
-from maect_jax.commands import compare, convert, embed, evaluate, inspect
+from maect_jax.commands import compare, convert, data, embed, evaluate, inspect
 from maect_jax.terminal import Parser, guard
 
 COMMANDS = {"evaluate": evaluate, "embed": embed, "compare": compare, "convert": convert, "inspect": inspect}
+COMMANDS |= {"data": data}
 
 
 def main(arguments: list[str]) -> int:
