@@ -54,6 +54,8 @@ def default() -> ConfigDict:
                 "std": IMAGENET_STD,
                 "resize_ratio": 256 / 224,  # evaluation: shorter side over image size, before the central crop
                 "workers": 0,  # loader processes; 0 = threads
+                "bad": "skip",  # pictures that can not be used: 'skip' (a neighbour takes the place) or 'error'
+                "bad_limit": 0.001,  # share of a set's pictures that may be bad before the run ends
                 "resident_gib": 2.0,  # up to this size a set of equally sized pictures is kept on the devices
             },
             "pretrain": {

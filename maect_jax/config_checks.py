@@ -6,6 +6,7 @@ import math
 from ml_collections import ConfigDict
 
 from maect_jax.config import STAGES, TRAINED, flatten
+from maect_jax.data.batches.bad import POLICIES
 from maect_jax.data.device.augment import AUGMENTATIONS
 from maect_jax.evaluation.presets import PRESETS
 from maect_jax.evaluation.protocols import EVALUATIONS, unknown, unusable_robustness
@@ -43,6 +44,8 @@ def check(config: ConfigDict) -> list[str]:
     for key in ("mean", "std"):
         need(len(config.data[key]) == model.channels, f"data.{key}", f"needs {model.channels} values, one a channel")
     need(all(s > 0 for s in config.data.std), "data.std", "must be positive")
+    need(config.data.bad in POLICIES, "data.bad", "must be 'skip' or 'error'")
+    need(0 <= config.data.bad_limit <= 1, "data.bad_limit", "must lie between 0 and 1")
     need(config.data.resize_ratio >= 1, "data.resize_ratio", "must be at least 1")
     problems += _check_stages(config) + _check_evaluation(config)
     patches = (model.image_size // model.patch) ** 2

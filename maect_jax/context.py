@@ -6,6 +6,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from maect_jax.data.batches.bad import BadPictures
 from maect_jax.data.sources.base import Source
 from maect_jax.training.logbook import Logbook
 from maect_jax.training.stop import StopRequest
@@ -22,6 +23,7 @@ class Run:
       train, test: pictures; `test` may be None, then nothing is evaluated.
       logbook, stop: see their classes.
       leader: this process prints and writes.
+      bad: what is done about pictures that can not be used.
     """
 
     config: ConfigDict
@@ -32,6 +34,7 @@ class Run:
     logbook: Logbook
     stop: StopRequest
     leader: bool
+    bad: BadPictures
 
     def say(self, text: str) -> None:
         if self.leader:

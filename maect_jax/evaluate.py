@@ -34,6 +34,7 @@ def _batches(run: Run, source: Source, limit: int | None = None) -> EvaluationBa
         resize_ratio=config.data.resize_ratio,
         limit=limit,
         workers=config.data.workers,
+        bad=run.bad,
     )
 
 
@@ -136,7 +137,7 @@ def evaluate_run(run: Run) -> None:
     if starts_from_file(run.config, run.workdir):
         subjects.insert(0, weights.of_initial(run.config))
     train, test, settings = run.train, run.test, settings_of(run)
-    place = suite.Place(run.mesh, run.workdir, run.stop, run.say, run.leader)
+    place = suite.Place(run.mesh, run.workdir, run.stop, run.say, run.leader, run.bad)
     if not can_evaluate(run):
         run.say("evaluate: pictures of neighbours only; numbers need labelled training and test pictures")
         suite.picture_neighbors(subjects, train, settings, place)

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from maect_jax import config as settings
 from maect_jax import config_checks
 from maect_jax.context import Run
+from maect_jax.data.batches.bad import BadPictures
 from maect_jax.data.sources.base import Source
 from maect_jax.data.sources.open import open_source
 from maect_jax.errors import ConfigError, DataError
@@ -28,7 +29,7 @@ from maect_jax.training.stop import StopRequest
 
 # Settings that may differ when a work folder is continued: they do not change what is learned.
 FREE_TO_CHANGE = ("stages", "init_from", "allow_missing", "log_every", "checkpoint.", "evaluate.", "data.workers")
-FREE_TO_CHANGE += ("data.resident_gib", "mesh.", "model.remat")
+FREE_TO_CHANGE += ("data.resident_gib", "data.bad", "mesh.", "model.remat")
 
 
 def main(arguments: list[str]) -> int:
@@ -114,7 +115,7 @@ def _run(config: ConfigDict, root: epath.Path, stop: StopRequest) -> epath.Path:
     mesh = make_mesh(config.mesh.fsdp)
     logbook = Logbook(root, write=leader)
     try:
-        run_stages(Run(config, root, mesh, train, test, logbook, stop, leader))
+        run_stages(Run(config, root, mesh, train, test, logbook, stop, leader, bad_pictures(config, root)))
     finally:
         logbook.close()
     if not leader:
@@ -128,7 +129,7 @@ def open_data(config: ConfigDict) -> tuple[Source, Source | None]:
     """Training and test pictures; the test set is None for a flat folder of unlabelled pictures alone.
 
     Raises:
-      DataError: see `data.sources.open_source`; or fewer pictures than one batch of a stage.
+      DataError: see `data.sources.open.open_source`; or fewer pictures than one batch of a stage.
     """
     channels = config.model.channels
     train = open_source(config.data.train, "train", channels=channels)
@@ -144,6 +145,13 @@ def open_data(config: ConfigDict) -> tuple[Source, Source | None]:
         return train, None
     name = config.data.test or config.data.train
     return train, open_source(name, "test", channels=channels, classes=train.classes or None)
+
+
+def bad_pictures(config: ConfigDict, root: epath.Path) -> BadPictures:
+    """What the run does about pictures that can not be used; each process has a file of its own."""
+    process = jax.process_index()
+    name = f"bad_images.{process}.jsonl" if process else "bad_images.jsonl"
+    return BadPictures(config.data.bad, config.data.bad_limit, root / name)
 
 
 def has_begun(root: epath.Path) -> bool:

@@ -87,6 +87,7 @@ def run_training_stage(run: Run, stage: str) -> None:
         sharding=batch_sharding(run.mesh),
         workers=config.data.workers,
         resident_limit=int(config.data.resident_gib * 2**30),
+        bad=run.bad,
     )
     monitor = evaluate.make_monitor(run, stage)
     plan = Stage(

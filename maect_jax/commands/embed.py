@@ -13,7 +13,16 @@ import pyarrow as pa
 import pyarrow.parquet
 from etils import epath
 
-from maect_jax.commands.evaluate import add_instead, check_counts, check_devices, data_of, instead_of, names_of
+from maect_jax.commands.evaluate import (
+    add_bad,
+    add_instead,
+    bad_pictures,
+    check_counts,
+    check_devices,
+    data_of,
+    instead_of,
+    names_of,
+)
 from maect_jax.data.sources.base import Source
 from maect_jax.data.sources.open import open_source
 from maect_jax.errors import ConfigError
@@ -39,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_instead(parser)
     parser.add_argument("--batch", type=int, default=256, help="pictures at a time, over all devices")
     parser.add_argument("--workers", type=int, default=0, help="loader processes; 0 = threads")
+    add_bad(parser)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -61,7 +71,8 @@ def main(arguments: argparse.Namespace) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with StopRequest() as stop:
         settings = Settings(batch=arguments.batch, workers=arguments.workers)
-        place = Place(mesh, data.workdir, stop, lambda text: print(text, flush=True) if leader else None, leader)
+        bad = bad_pictures(arguments, out.parent)
+        place = Place(mesh, data.workdir, stop, lambda text: print(text, flush=True) if leader else None, leader, bad)
         features = make_task(subject, source, source, settings, place).features_of(source, names)
     if leader:
         write(out, source, features, names)

@@ -12,6 +12,7 @@ import jax
 from etils import epath
 
 from maect_jax.config import default
+from maect_jax.data.batches.bad import LIMIT, POLICIES, BadPictures
 from maect_jax.data.sources.base import Source
 from maect_jax.data.sources.open import open_source
 from maect_jax.errors import ConfigError
@@ -25,7 +26,7 @@ from maect_jax.training.checkpoint import absolute
 from maect_jax.training.stop import StopRequest
 from maect_jax.weights import Instead, open_weights
 
-SHARES = ("finetune_base_lr", "finetune_ema")  # numbers between 0 and 1; all others count something
+SHARES = ("finetune_base_lr", "finetune_ema", "bad_limit")  # numbers between 0 and 1; all others count something
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--feature-dtype", choices=tuple(DTYPES), default="float32", help="of cached features")
     parser.add_argument("--batch", type=int, default=256, help="pictures at a time, over all devices")
     parser.add_argument("--workers", type=int, default=0, help="loader processes; 0 = threads")
+    add_bad(parser)
     parser.add_argument("--limit", type=int, default=10_000, help="pictures that costly analyses look at")
     parser.add_argument("--probe-from", choices=PROBE_FROM, default="features", help="images: augmented")
     parser.add_argument("--probe-epochs", type=int, metavar="N", help="instead of the preset's")
@@ -124,7 +126,8 @@ def main(arguments: argparse.Namespace) -> None:
     for note in dict.fromkeys(note for subject in subjects for note in subject.origin.get("notes", ())):
         say(f"note: {note}")
     with StopRequest() as stop:
-        suite.evaluate(subjects, train, test, settings, suite.Place(mesh, data.workdir, stop, say, leader))
+        bad = bad_pictures(arguments, data.workdir)
+        suite.evaluate(subjects, train, test, settings, suite.Place(mesh, data.workdir, stop, say, leader, bad))
     if leader:
         print(write_report(data.workdir), flush=True)
 
@@ -151,6 +154,17 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         lists=arguments.lists,
         robustness=robustness,
     )
+
+
+def add_bad(parser: argparse.ArgumentParser) -> None:
+    """What is done about pictures that can not be used."""
+    parser.add_argument("--bad", choices=POLICIES, default="skip", help="leave unusable pictures out, or end")
+    parser.add_argument("--bad-limit", type=float, default=LIMIT, metavar="SHARE", help="that may be left out")
+
+
+def bad_pictures(arguments: argparse.Namespace, folder: epath.Path) -> BadPictures:
+    """As the command line asks; they are noted in the folder."""
+    return BadPictures(arguments.bad, arguments.bad_limit, folder / "bad_images.jsonl")
 
 
 def check_counts(arguments: argparse.Namespace) -> None:
@@ -206,7 +220,7 @@ def open_pair(data: Data, channels: int) -> tuple[Source, Source]:
     """Training and test pictures.
 
     Raises:
-      DataError: see `data.sources.open_source`.
+      DataError: see `data.sources.open.open_source`.
     """
     train = open_source(data.train, "train", channels=channels, key="--train")
     return train, open_source(data.test, "test", channels=channels, classes=train.classes or None, key="--test")

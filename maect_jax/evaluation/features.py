@@ -142,7 +142,7 @@ def extract(
     Args:
       extractor: from `make_extractor`.
       params: encoder parameters.
-      batches: dicts with 'image', 'id', 'label', 'content', 'valid'; see `data.pipeline.EvaluationBatches`.
+      batches: dicts with 'image', 'id', 'label', 'content', 'valid'; see `data.batches.evaluation`.
       depth: number of blocks of the encoder.
       check: called before every batch; may raise to stop.
       dtype: that the vectors are kept in, float32 or bfloat16.

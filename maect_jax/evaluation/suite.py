@@ -6,18 +6,18 @@ the hashes of the data it was made from, its bootstrap interval, and what it cos
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from maect_jax.data.batches.bad import BadPictures
 from maect_jax.data.sources.base import Source
 from maect_jax.data.sources.open import open_source
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation import data_checks, figures, presets, protocols
 from maect_jax.evaluation.cache import FeatureCache
-from maect_jax.evaluation.features import Features
 from maect_jax.evaluation.task import Measurement, Settings, Task, Weights, data_hash
 from maect_jax.results.bootstrap import interval
 from maect_jax.results.record import Record, add_records, weights_hash
@@ -37,6 +37,7 @@ class Place:
       stop: asked now and then.
       say: prints a line, on one process.
       leader: this process writes.
+      bad: what is done about pictures that can not be used: 'skip' leaves them out of every number.
     """
 
     mesh: Mesh
@@ -44,6 +45,7 @@ class Place:
     stop: StopRequest
     say: Callable[[str], None]
     leader: bool = True
+    bad: BadPictures = field(default_factory=BadPictures)
 
 
 def evaluate(weights: Sequence[Weights], train: Source, test: Source, settings: Settings, place: Place) -> list[Record]:
@@ -70,8 +72,9 @@ def evaluate(weights: Sequence[Weights], train: Source, test: Source, settings: 
         began = time.perf_counter()
         task = make_task(subject, train, test, settings, place, others)
         wanted = {name for evaluation in settings.only for name in protocols.needs(evaluation, task)}
-        features = task.features(sorted(wanted) or [subject.pooling])
-        data = _describe(task, features, warn=not records)
+        task.features([*sorted(wanted), subject.pooling])
+        left_out = task.leave_out_bad()
+        data = _describe(task, left_out, warn=not records)
         read, encoding = task.cached, round(time.perf_counter() - began, 3)
         for evaluation in settings.only:
             task.check()
@@ -126,6 +129,7 @@ def make_task(
         stop=place.stop,
         say=place.say,
         leader=place.leader,
+        bad=place.bad,
     )
 
 
@@ -158,13 +162,17 @@ def check_weights(weights: Sequence[Weights]) -> None:
         raise ConfigError("--weights: some take grey pictures and some coloured ones; evaluate them one by one")
 
 
-def _describe(task: Task, features: tuple[Features, Features], warn: bool) -> dict:
+def _describe(task: Task, left_out: dict[str, int], warn: bool) -> dict:
     """What a record says of the data; checks it, and writes `shared.json` for the report.
+
+    Args:
+      left_out: pictures of 'train' and 'test' that can not be used; see `Task.leave_out_bad`.
+      warn: say which test pictures are also training pictures.
 
     Raises:
       DataError: see `data_checks.check_labels`.
     """
-    sources = {"train": task.train, "test": task.test}
+    sources, features = {"train": task.train, "test": task.test}, task.features([task.weights.pooling])
     for (what, source), found in zip(sources.items(), features):
         data_checks.check_labels(what, source, found.labels)
     shared = data_checks.shared_pictures(*features)
@@ -178,6 +186,9 @@ def _describe(task: Task, features: tuple[Features, Features], warn: bool) -> di
         for (what, source), found in zip(sources.items(), features)
     }
     data["test"]["shared_with_train"] = len(shared)
+    for what, count in left_out.items():
+        if count:
+            data[what]["bad_pictures"] = count
     return data
 
 

@@ -1,5 +1,6 @@
 """What an evaluation is given, and what it gives back."""
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterable
@@ -11,8 +12,11 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from maect_jax.data.batches.bad import BadPictures
 from maect_jax.data.batches.evaluation import EvaluationBatches
 from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.subset import SubsetSource
+from maect_jax.errors import DataError
 from maect_jax.evaluation.cache import FeatureCache
 from maect_jax.evaluation.features import Features, elementary, extract, make_extractor
 from maect_jax.exchange.provenance import Provenance
@@ -125,6 +129,7 @@ class Task:
       weights, params: the encoder; `sha256` is the hash of its parameters.
       train, test: pictures; both with labels, of the same classes.
       others: further test sets; see `robustness`.
+      bad: what is done about pictures that can not be used.
       mesh: devices.
       settings: how to evaluate.
       folder: work folder; what has to be kept (fine-tuning, figures) goes below it.
@@ -148,6 +153,7 @@ class Task:
     stop: StopRequest
     say: Callable[[str], None]
     leader: bool
+    bad: BadPictures = field(default_factory=BadPictures)
     results: dict = field(default_factory=dict)
     cached: bool = True
     _held: dict = field(default_factory=dict, repr=False)
@@ -194,8 +200,32 @@ class Task:
             self._held[(id(source), limit)] = source, held  # with the source, so that its id stays its own
         return held
 
+    def leave_out_bad(self) -> dict[str, int]:
+        """Encodes every set once; from then on each holds only its pictures that can be used, with new ids.
+
+        So rows of features are rows of the set, and what trains on pictures meets no bad one.
+
+        Returns:
+          how many are left out of 'train' and 'test'.
+        """
+        before = len(self.train), len(self.test)
+        self.train, self.test = self._usable(self.train), self._usable(self.test)
+        self.others = tuple(self._usable(source) for source in self.others)
+        return {"train": before[0] - len(self.train), "test": before[1] - len(self.test)}
+
+    def _usable(self, source: Source) -> Source:
+        features = self.features_of(source, [self.weights.pooling])
+        if len(features.ids) == len(source):
+            return source
+        if not len(features.ids):
+            raise DataError(f"data: no picture of '{source.name}' can be used")
+        rest = SubsetSource(source, features.ids)
+        ids = np.arange(len(rest), dtype=np.int32)
+        self._held[(id(rest), None)] = rest, dataclasses.replace(features, ids=ids)
+        return rest
+
     def batches(self, source: Source, limit: int | None = None):
-        """Every picture once, cropped as the protocol says; see `data.pipeline.EvaluationBatches`."""
+        """Every picture once, cropped as the protocol says; see `data.batches.evaluation`."""
         return EvaluationBatches(
             source,
             batch=self.settings.batch,
@@ -204,6 +234,7 @@ class Task:
             resize_ratio=self.weights.resize_ratio,
             limit=limit,
             workers=self.settings.workers,
+            bad=self.bad,
         )
 
     def transform(self) -> dict:

@@ -52,7 +52,7 @@ def histograms(task: Task, source: Source, limit: int) -> np.ndarray:
 def two_views(task: Task, source: Source, feature: str, augmentation: str, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Features, float32 [n, width] each, of two augmented views of at most `limit` pictures.
 
-    Views are crops of 0.2 to 1 of the area with 'minimal' or 'strong' augmentation; see `data.augment`.
+    Views are crops of 0.2 to 1 of the area with 'minimal' or 'strong' augmentation; see `data.device.augment`.
     """
     weights = task.weights
     parts = elementary(feature, task.depth)

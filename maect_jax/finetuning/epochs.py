@@ -47,7 +47,7 @@ def make_scorer(model: Classifier, mean: tuple[float, ...], std: tuple[float, ..
 
 
 def score(scorer: Scorer, params: dict, batches: Iterable[dict], check: Callable[[], None]) -> Score:
-    """The score of every picture of `data.pipeline.EvaluationBatches`; `check` is called before each batch."""
+    """The score of every picture of `data.batches.evaluation`; `check` is called before each batch."""
     correct, nats, waiting = [], [], None
 
     def read(found: tuple) -> None:

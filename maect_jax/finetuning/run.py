@@ -111,14 +111,14 @@ def fine_tune(
       folder: of this fine-tuning alone.
       seed: of order, augmentation, head and held-out rows.
       stop: asked after every update and before every measured batch.
-      mean, std, resize_ratio: of the pictures; see `data.augment.normalise` and `data.pipeline.EvaluationBatches`.
+      mean, std, resize_ratio: of the pictures; see `data.device.augment.normalise` and `data.batches.evaluation`.
       provenance: of the encoder; that of the fine-tuning is kept in its checkpoints.
       epochs: instead of the recipe's, the warm-up in proportion.
       batch: instead of the recipe's, which is cut for few rows; see `recipes.fitting_batch`.
       name: in the log; the recipe's by default.
       logbook: where metrics go; None = nowhere.
       say: prints a line.
-      workers, resident_limit: of the loader; see `data.pipeline.training_batches`.
+      workers, resident_limit: of the loader; see `data.batches.training`.
       evaluation_batch: measured pictures at a time.
       save_every, log_every: in updates.
 

@@ -74,7 +74,7 @@ def make_finetune_step(
 
     Returns:
       (state, {'image', 'id', 'label'}) -> (state, metrics, vectors [batch, width] that the head sees). Labels are
-      integers in 0..classes-1; pictures as in `data.augment.make_views`.
+      integers in 0..classes-1; pictures as in `data.device.augment.make_views`.
     """
     encoder = model.encoder
     groups = groups_of(recipe, batch)

@@ -37,7 +37,7 @@ class Stage:
       name: 'pretrain', 'control', 'head' or 'tune'.
       folder: its folder in the work folder.
       step: jitted (state, batch) -> (state, metrics, embedding); the state is donated.
-      batches: endless iterator of batches from the state's step on; see `data.pipeline`.
+      batches: endless iterator of batches from the state's step on; see `data.batches.training`.
       updates, updates_per_epoch, batch: length of the stage; pictures an update.
       log_every, save_every: in updates.
       monitor_every: updates between two calls of `monitor`; 0 = never.

@@ -1,6 +1,6 @@
 """The three train steps: pure functions (state, batch) -> (state, metrics, embedding).
 
-A batch is {'image': uint8, 'id': int32 [batch], 'label': int32 [batch]}; see `data.augment.make_views`. Metrics are
+A batch is {'image': uint8, 'id': int32 [batch], 'label': int32 [batch]}; see `device.augment.make_views`. Metrics are
 device scalars, read by the loop one step late; the embedding [batch, width] feeds the health figures.
 
 Source: MAE (He et al. 2022) for stage 1; MAE-CT (Lehner et al. 2023) for stages 2 and 3.

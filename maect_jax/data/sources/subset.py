@@ -63,5 +63,9 @@ class SubsetSource(Source):
         names = self.source.file_names()
         return [names[row] for row in self.rows]
 
+    def label_sets(self) -> list[np.ndarray] | None:
+        sets = self.source.label_sets()
+        return None if sets is None else [sets[row] for row in self.rows]
+
     def _hash(self) -> str:
         return hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()

@@ -72,7 +72,7 @@ def evaluate_linear_images(
       mean, std: of the encoder's training data, a channel, for values in 0..1.
       crop_scale: range of the crop's share of the picture.
       epochs, batch, seed, mesh: as there.
-      workers, resident_limit: of the loader, see `data.pipeline.training_batches`.
+      workers, resident_limit: of the loader, see `data.batches.training`.
       check: called before every update; may raise to stop.
 
     Raises:
