@@ -198,6 +198,21 @@ def unknown_keys(config: ConfigDict) -> list[str]:
     return [_unknown(key, known) for key in flatten(config) if key not in known]
 
 
+def read_overrides(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """'--config.key=value' or '--config.key value' -> (overrides by dotted key, a sentence for each other argument)."""
+    overrides, problems, rest = {}, [], list(arguments)
+    while rest:
+        text = rest.pop(0)
+        key, equals, value = text.removeprefix("--config.").partition("=")
+        if not text.startswith("--config."):
+            problems.append(f"'{text}' is not understood; settings are given as --config.key=value")
+        elif equals or (rest and not rest[0].startswith("--")):
+            overrides[key] = value if equals else rest.pop(0)
+        else:
+            problems.append(f"'{text}' needs a value: {text}=…")
+    return overrides, problems
+
+
 def apply_overrides(config: ConfigDict, overrides: dict[str, str]) -> list[str]:
     """Sets `overrides` in `config`; returns a sentence for each that is unknown or of the wrong type."""
     problems = []

@@ -63,16 +63,7 @@ def parse(arguments: list[str]) -> tuple[str, str, dict[str, str]]:
         known, rest = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise ConfigError(str(error)) from None
-    problems, overrides = [], {}
-    while rest:
-        text = rest.pop(0)
-        key, equals, value = text.removeprefix("--config.").partition("=")
-        if not text.startswith("--config."):
-            problems.append(f"'{text}' is not understood; settings are given as --config.key=value")
-        elif equals or (rest and not rest[0].startswith("--")):
-            overrides[key] = value if equals else rest.pop(0)
-        else:
-            problems.append(f"'{text}' needs a value: {text}=…")
+    overrides, problems = settings.read_overrides(rest)
     problems += [] if known.config else ["--config=FILE is missing; for instance --config=configs/digits.py"]
     problems += [] if known.workdir else ["--workdir=FOLDER is missing; for instance --workdir=runs/digits"]
     if problems:
