@@ -58,9 +58,8 @@ class BadPictures:
                 self._write(source, picture)
         if len(seen) > self.limit * len(source):
             last = bad[-1]
-            share = f"{self.limit:.3%}".rstrip("0").rstrip(".%") + "%"
             raise DataError(
-                f"data: {len(seen)} of {len(source)} pictures of {source.name!r} can not be used, more than {share}; "
+                f"data: {len(seen)} of {len(source)} pictures of {source.name!r} can not be used, more than {100 * self.limit:g} %; "
                 f"the last is {last.where}: {last.reason}. "
                 + (f"All are in {self.path}. " if self.path else "")
                 + "List the bad ones with `python -m maect_jax data verify`, and replace them or take them out"
