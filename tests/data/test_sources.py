@@ -2,13 +2,11 @@
 
 import io
 import pickle
-import shutil
 import sys
 import types
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from maect_jax.data.batches.resident import load_resident
@@ -36,45 +34,6 @@ def pets(tmp_path):
             for i in range(count):
                 write(tmp_path / "pets" / split / name / f"{i}.png", 10 * c + i)
     return tmp_path / "pets"
-
-
-class Tiny(tfds.core.GeneratorBasedBuilder):
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(names=["sun", "moon"]),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(range(12)), "validation": self._generate_examples(range(100, 104))}
-
-    def _generate_examples(self, values):
-        for value in values:
-            encoded = io.BytesIO()
-            Image.fromarray(pixels(value)).save(encoded, "PNG")
-            encoded.seek(0)
-            yield value, {"image": encoded, "label": value % 2}
-
-
-class TinyHidden(Tiny):
-    """As ImageNet: a test split whose labels are not published."""
-
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _split_generators(self, dl_manager):
-        hidden = ((key, example | {"label": -1}) for key, example in self._generate_examples(range(50, 53)))
-        return super()._split_generators(dl_manager) | {"test": hidden}
-
-
-@pytest.fixture(scope="module")
-def tiny_dir(tmp_path_factory):
-    folder = str(tmp_path_factory.mktemp("tfds"))
-    for builder in (Tiny, TinyHidden):
-        builder(data_dir=folder, file_format="array_record").download_and_prepare()
-    return folder
 
 
 def test_folder_ids_are_sorted_by_class_then_file_name(pets):
@@ -232,55 +191,9 @@ def test_digits_come_from_the_embedded_set_in_the_channels_asked_for(monkeypatch
     np.testing.assert_array_equal(grey.image(1)[:, :, 0], np.asarray(Image.fromarray(images[1]).convert("L")))
 
 
-def test_tfds_is_read_as_array_record_without_tensorflow(tiny_dir):
-    train = open_source("tiny", "train", data_dir=tiny_dir)
-    assert (len(train), train.classes, train.labels.dtype) == (12, ("sun", "moon"), np.int32)
-    expected = {pixels(value).tobytes(): value % 2 for value in range(12)}
-    assert {train.image(i).tobytes(): int(train.labels[i]) for i in range(12)} == expected
-    assert all(train.sample(i)[1] == train.labels[i] for i in range(12))
-    assert train.size(0) == (6, 8)
-    assert "tensorflow" not in sys.modules
-
-
-@pytest.mark.parametrize("name", ["tiny", "tiny_hidden"])
-def test_tfds_test_split_falls_back_to_validation(tiny_dir, name):
-    test = open_source(name, "test", data_dir=tiny_dir)
-    assert {test.image(i).tobytes() for i in range(4)} == {pixels(value).tobytes() for value in range(100, 104)}
-
-
-def test_tfds_in_another_format_tells_to_prepare_it_anew(tiny_dir, tmp_path):
-    shutil.copytree(tiny_dir, tmp_path, dirs_exist_ok=True)
-    for path in (tmp_path / "tiny" / "1.0.0").iterdir():
-        if path.name == "dataset_info.json":
-            path.write_text(path.read_text().replace("array_record", "tfrecord"))
-        elif ".array_record" in path.name:
-            path.rename(path.with_name(path.name.replace(".array_record", ".tfrecord")))
-    with pytest.raises(DataError, match=r"not in the array_record format[\s\S]*file_format='array_record'"):
-        open_source("tiny", "train", data_dir=str(tmp_path))
-
-
-@pytest.mark.parametrize("kind", ["tfds", "folder"])
-def test_source_survives_the_way_to_a_loader_process(kind, tiny_dir, pets):
-    source = open_source("tiny", "train", data_dir=tiny_dir) if kind == "tfds" else open_source(str(pets), "train")
+def test_source_survives_the_way_to_a_loader_process(pets):
+    source = open_source(str(pets), "train")
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(source)).image(2), source.image(2))
-
-
-def test_tfds_that_is_not_prepared_tells_the_command(tmp_path):
-    with pytest.raises(DataError, match=r"'cifar10' is not prepared in .*[\s\S]*download_and_prepare\(\)"):
-        open_source("cifar10", "train", data_dir=str(tmp_path))
-
-
-def test_unknown_names_come_with_a_suggestion(tmp_path):
-    def message(name):
-        with pytest.raises(DataError) as caught:
-            open_source(name, "train", data_dir=str(tmp_path))
-        return str(caught.value)
-
-    unknown = "data.train: 'imagenet20122' is neither a folder nor a TFDS name; did you mean 'imagenet2012'?"
-    assert message("imagenet20122") == unknown
-    assert "'qqqqqq' is neither a folder nor a TFDS name" in message("qqqqqq")
-    assert "did you mean 'imagenette/160px-v2'?" in message("imagenette/160px-v22")
-    assert "neither a folder nor a TFDS name" in message("two words")
 
 
 def test_resident_set_holds_every_picture_in_order(pets):
