@@ -21,7 +21,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.name = "mae_ct_vith14" + ("_aug" if variant else "")
     set_size(config, "H/14")
     config.data.train = "imagenet2012"
-    config.data.workers = 16
     config.stages = ("head", "tune", "evaluate")
     config.pretrain.update(epochs=800, batch=512, base_lr=1.5e-4, warmup_epochs=20)  # only if asked for
     config.control.epochs = 50

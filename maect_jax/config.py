@@ -7,6 +7,7 @@ None means "derived from the size of the training set" (see `derive`); paper rec
 
 import difflib
 import importlib.util
+import os
 import traceback
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def default() -> ConfigDict:
                 "mean": IMAGENET_MEAN,  # a channel, for values in 0..1
                 "std": IMAGENET_STD,
                 "resize_ratio": 256 / 224,  # evaluation: shorter side over image size, before the central crop
-                "workers": 0,  # loader processes; 0 = threads
+                "workers": placeholder(int),  # loader processes of a host; 0 = threads; None = by set and machine
                 "bad": "skip",  # pictures that can not be used: 'skip' (a neighbour takes the place) or 'error'
                 "bad_limit": 0.001,  # share of a set's pictures that may be bad before the run ends
                 "resident_gib": 2.0,  # up to this size a set of equally sized pictures is kept on the devices
@@ -261,6 +262,8 @@ def derive(config: ConfigDict, pictures: int) -> None:
                   20 * (1e6 / pictures)^(1/3), at most 100, for head and tuning; the control as long as both
       warm-up     a twentieth of the epochs of pre-training
       queue       the largest power of two times the batch within a quarter of the set, at most 65,536 rows
+      workers     a process a core for sets of 100,000 pictures and more; few pictures are sooner read by threads than
+                  processes start
       EMA         such that at most 1 % of the start remains at the end, at most 0.9999
     """
     growth = (1e6 / pictures) ** (1 / 3)
@@ -269,6 +272,8 @@ def derive(config: ConfigDict, pictures: int) -> None:
         if config[section][key] is None:
             config[section][key] = value
 
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    fill("data", "workers", cores if pictures >= 100_000 and cores > 4 else 0)
     fill("pretrain", "epochs", round(min(1600, 400 * growth)))
     fill("pretrain", "warmup_epochs", max(1, config.pretrain.epochs // 20))
     for stage in ("head", "tune"):

@@ -29,7 +29,7 @@ def check(config: ConfigDict) -> list[str]:
         if key.startswith("model.") and type(value) is int:
             need(value >= 1, key, "must be at least 1")
     for key in ("data.workers", "data.resident_gib", "evaluate.every_epochs", "checkpoint.keep_every", "seed"):
-        need(flatten(config)[key] >= 0, key, "must not be negative")
+        need((flatten(config)[key] or 0) >= 0, key, "must not be negative")
     need(config.evaluate.online_limit >= 10, "evaluate.online_limit", "must be at least 10, the neighbours that vote")
     if problems:
         return problems

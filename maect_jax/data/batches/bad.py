@@ -59,8 +59,8 @@ class BadPictures:
         if len(seen) > self.limit * len(source):
             last = bad[-1]
             raise DataError(
-                f"data: {len(seen)} of {len(source)} pictures of {source.name!r} can not be used, more than {100 * self.limit:g} %; "
-                f"the last is {last.where}: {last.reason}. "
+                f"data: {len(seen)} of {len(source)} pictures of {source.name!r} can not be used, "
+                f"more than {100 * self.limit:g} %; the last is {last.where}: {last.reason}. "
                 + (f"All are in {self.path}. " if self.path else "")
                 + "List the bad ones with `python -m maect_jax data verify`, and replace them or take them out"
                 + f"; or allow more with data.bad_limit (now {self.limit})"
