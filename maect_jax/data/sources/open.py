@@ -7,6 +7,7 @@ import numpy as np
 
 from maect_jax.data.sources.base import ArraySource, Source
 from maect_jax.data.sources.folder import SPLIT_FOLDERS, open_folder
+from maect_jax.data.sources.records import is_packed, open_records
 from maect_jax.errors import DataError
 
 
@@ -44,6 +45,8 @@ def open_source(
         images, labels, digit_classes = digits.load(split)
         return ArraySource(name, _as_channels(images, channels, key), labels, digit_classes)
     folder = Path(name).expanduser()
+    if is_packed(folder):
+        return open_records(name, folder, split, channels, classes, key)
     if folder.is_dir():
         return open_folder(name, folder, split, channels, classes, key)
     if folder.exists():

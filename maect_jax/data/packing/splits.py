@@ -1,0 +1,45 @@
+"""The splits of whatever a name stands for, for commands that work on a whole data set."""
+
+import os
+from pathlib import Path
+
+from maect_jax.data.packing.manifest import SPLITS, is_packed, read_manifest
+from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.open import open_source
+from maect_jax.errors import DataError
+
+
+def open_splits(name: str, *, split: str | None = None, channels: int | None = None) -> dict[str, Source]:
+    """The training split of `name` and, if there is one, its test split.
+
+    Args:
+      name: as `open_source` takes it.
+      split: only this one.
+      channels: of the decoded pictures; None = as many as a packed folder says that its pictures have, else 3.
+
+    Raises:
+      DataError: see `open_source`. That there is no test split at all is no error.
+    """
+    folder = Path(name).expanduser()
+    packed = read_manifest(folder) if is_packed(folder) else None
+    if channels is None:
+        channels = packed.channels if packed and packed.channels not in (1, 3) else 3
+    if split is not None:
+        return {split: open_source(name, split, channels=channels, key=split)}
+    if packed:
+        return {s: open_source(name, s, channels=channels, key=s) for s in SPLITS if s in packed.splits}
+    train = open_source(name, "train", channels=channels, key="train")
+    try:
+        test = open_source(name, "test", channels=channels, classes=None, key="test")
+    except DataError:
+        if _names_a_test_split(folder):
+            raise
+        return {"train": train}
+    return {"train": train, "test": test}
+
+
+def _names_a_test_split(folder: Path) -> bool:
+    """Whether something in a folder is called like a test split; then that it can not be opened is an error."""
+    if not folder.is_dir():
+        return False
+    return any(entry.name.lower().startswith(("test", "val")) for entry in os.scandir(folder))
