@@ -12,6 +12,8 @@ import numpy as np
 from PIL import Image
 
 from maect_jax.data.host.decode import Picture
+from maect_jax.data.host.jpeg import stored_box, turned
+from maect_jax.data.host.limits import MAX_PIXELS
 
 try:
     from cykooz_resizer import CropBox, FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
@@ -47,11 +49,18 @@ def training_crops(picture: Picture, boxes: list[Box], size: int) -> np.ndarray:
     Raises:
       BadPicture: it can not be decoded.
     """
-    reduction = reduction_for(boxes, size) if picture.kind == "jpeg" else 1
-    image = picture.pixels(reduction)
     crops = np.empty((len(boxes), size, size, picture.channels), np.uint8)
+    if picture.kind != "jpeg":
+        image = picture.pixels()
+        for crop, box in zip(crops, boxes):
+            resized_crop(image, box, crop)
+        return crops
+    reduction = reduction_for(boxes, size)
+    image, upright = picture.stored(reduction), (picture.height, picture.width)
     for crop, box in zip(crops, boxes):
-        resized_crop(image, box, crop, reduction)
+        resized_crop(image, stored_box(box, upright, picture.orientation), crop, reduction)
+        if picture.orientation != 1:
+            crop[:] = turned(crop, picture.orientation).copy()
     return crops
 
 
@@ -126,11 +135,14 @@ def central_crop(image_hwc: np.ndarray, size: int, resize_ratio: float) -> np.nd
     height, width = image_hwc.shape[:2]
     short = round(size * resize_ratio)
     if height <= width:
-        resized = resize(image_hwc, short, int(short * width / height))
+        tall, wide = short, int(short * width / height)
     else:
-        resized = resize(image_hwc, int(short * height / width), short)
-    top, left = round((resized.shape[0] - size) / 2), round((resized.shape[1] - size) / 2)
-    return resized[top : top + size, left : left + size]
+        tall, wide = int(short * height / width), short
+    top, left = round((tall - size) / 2), round((wide - size) / 2)
+    if tall * wide > MAX_PIXELS:  # a strip a few pixels high would become gigabytes: only its centre is resized
+        across, down = width / wide, height / tall
+        return resize(image_hwc, size, size, (left * across, top * down, size * across, size * down))
+    return resize(image_hwc, tall, wide)[top : top + size, left : left + size]
 
 
 if Resizer is not None:
