@@ -1,10 +1,10 @@
 """python -m maect_jax COMMAND …: finds the command and runs it."""
 
-from maect_jax.commands import compare, convert, data, embed, evaluate, inspect
+from maect_jax.commands import compare, convert, data, doctor, embed, evaluate, inspect
 from maect_jax.terminal import Parser, guard
 
 COMMANDS = {"evaluate": evaluate, "embed": embed, "compare": compare, "convert": convert, "inspect": inspect}
-COMMANDS |= {"data": data}
+COMMANDS |= {"data": data, "doctor": doctor}
 
 
 def main(arguments: list[str]) -> int:
@@ -16,7 +16,9 @@ def main(arguments: list[str]) -> int:
         for name, module in COMMANDS.items():
             summary, _, more = module.__doc__.partition("\n")
             module.add_arguments(commands.add_parser(name, help=summary, description=summary + more))
-        chosen = parser.parse_args(arguments)
+        chosen, chosen.settings = parser.parse_known_args(arguments)
+        if chosen.settings and COMMANDS[chosen.command] is not doctor:
+            parser.error(f"unrecognized arguments: {' '.join(chosen.settings)}")
         COMMANDS[chosen.command].main(chosen)
 
     return guard(action)
