@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import PIL
-import simplejpeg
 
 from maect_jax.data.packing.manifest import PLAN, write_atomically
 from maect_jax.data.packing.reencode import packed
@@ -17,6 +16,7 @@ from maect_jax.data.sources.base import Source
 from maect_jax.errors import BadPicture, DataError
 
 _FORMAT = "maect_jax packing 1"
+MEGABYTE = 1_000_000
 _LOOKED_AT = 64  # pictures of a split, from which the size of all is estimated
 
 
@@ -38,24 +38,25 @@ class Settings:
         """What the bytes of the shards depend on, beside the pictures."""
         facts = {"shard_mb": self.shard_mb, "short_side": self.short_side}
         if self.short_side is not None:
-            encoder = f"simplejpeg {simplejpeg.__version__}, Pillow {PIL.__version__}"
-            facts |= {"quality": self.quality, "encoder": encoder}
+            facts |= {"quality": self.quality, "encoder": f"Pillow {PIL.__version__}"}
         return facts
 
 
 def plan_shards(source: Source, settings: Settings) -> list[int]:
     """First ids of the shards of a split, ascending; the size of its pictures is estimated from some of them."""
     n = len(source)
-    sizes = []
-    for index in range(0, n, -(-n // _LOOKED_AT)):
+    sizes, looked_at = [], range(0, n, -(-n // _LOOKED_AT))
+    for index in looked_at:
         try:
             picture, _ = source.read(index)
             sizes.append(len(packed(picture, source.where(index), settings.short_side, settings.quality).encoded))
         except BadPicture:  # whoever writes the shard decides about it
             continue
     if not sizes:
-        raise DataError(f"{source.name}: none of {_LOOKED_AT} pictures can be read; `data verify` lists the bad ones")
-    shards = max(1, min(n, round(sum(sizes) / len(sizes) * n / (settings.shard_mb * 1e6))))
+        raise DataError(
+            f"{source.name}: none of {len(looked_at)} pictures can be read; `data verify` lists the bad ones"
+        )
+    shards = max(1, min(n, round(sum(sizes) / len(sizes) * n / (settings.shard_mb * MEGABYTE))))
     return [n * shard // shards for shard in range(shards)]
 
 

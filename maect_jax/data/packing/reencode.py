@@ -1,16 +1,17 @@
 """A picture as it goes into a record: checked by decoding it, and made smaller where that is asked for."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
+from maect_jax.data.host import npy
 from maect_jax.data.host.crops import resize
-from maect_jax.data.host.decode import decode, open_picture
+from maect_jax.data.host.decode import Picture, open_picture
+from maect_jax.errors import BadPicture
 
-_NPY, _JPEG = b"\x93NUMPY", b"\xff\xd8\xff"
+_LONGEST_JPEG = 65_500  # pixels of a side, in libjpeg
 _GREY = ("1", "L", "LA", "La", "I", "F")
 
 
@@ -48,52 +49,43 @@ def packed(picture: bytes | np.ndarray, where: str, short_side: int | None, qual
       BadPicture: it can not be decoded.
     """
     if isinstance(picture, np.ndarray):
-        image, npy, encoded = picture, picture.shape[2] not in (1, 3), b""
-    elif npy := picture.startswith(_NPY):
-        image, encoded = _array(picture, where), picture
+        image, is_npy, encoded = picture, picture.shape[2] not in (1, 3), b""
+    elif is_npy := picture.startswith(npy.SIGNATURE):
+        image, encoded = npy.pixels_of(picture, _npy_channels(picture), where), picture
     else:
-        image, encoded = decode(picture, 1 if _is_grey(picture, where) else 3, where), picture
+        header = open_picture(picture, 3, where)
+        image, encoded = replace(header, channels=1 if _is_grey(header) else 3).pixels(), picture
     channels, before = image.shape[2], len(encoded) or image.nbytes
     height, width = image.shape[:2]
     if short_side is not None and min(height, width) > short_side:
         # int() as in `crops.central_crop`, which then finds the shorter side right and resizes nothing
-        tall = height > width
-        size = (
-            (int(short_side * height / width), short_side) if tall else (short_side, int(short_side * width / height))
-        )
+        long_side = int(short_side * max(height, width) / min(height, width))
+        if long_side > _LONGEST_JPEG and not is_npy:
+            raise BadPicture(where, f"{width}x{height} pixels are too long for a JPEG", "cut it")
+        size = (long_side, short_side) if height > width else (short_side, long_side)
         small = _resized(image, *size)
-        encoded = _npy_bytes(small) if npy else _jpeg_bytes(small, quality)
+        encoded = _npy_bytes(small) if is_npy else _jpeg_bytes(small, quality)
     elif not encoded:
-        encoded = _npy_bytes(image) if npy else _png_bytes(image)
-    return Packed(encoded, channels, npy, before)
+        encoded = _npy_bytes(image) if is_npy else _saved(image, "PNG")
+    return Packed(encoded, channels, is_npy, before)
 
 
-def _is_grey(encoded: bytes, where: str) -> bool:
-    open_picture(encoded, 3, where)  # refuses what is too large or no picture
-    if encoded.startswith(_JPEG):
-        try:
-            return simplejpeg.decode_jpeg_header(encoded, strict=False)[2] == "Gray"
-        except ValueError:  # of a form that Pillow decodes
-            pass
-    with Image.open(io.BytesIO(encoded)) as image:
+def _is_grey(header: Picture) -> bool:
+    if header.kind == "jpeg":
+        return header.colours == "Gray"
+    with Image.open(io.BytesIO(header.encoded)) as image:
         return image.mode in _GREY or image.mode.startswith("I;16")
 
 
-def _array(encoded: bytes, where: str) -> np.ndarray:
-    """uint8 or uint16 [h, w, c] of an .npy file."""
-    channels = 1
+def _npy_channels(encoded: bytes) -> int:
+    """As its header says; any number where it has none, because it is refused then."""
     try:
         file = io.BytesIO(encoded)
-        if np.lib.format.read_magic(file) == (1, 0):
-            shape = np.lib.format.read_array_header_1_0(file)[0]
-        else:
-            shape = np.lib.format.read_array_header_2_0(file)[0]
-        channels = shape[2] if len(shape) == 3 else 1
-    except Exception:  # what is wrong is said by `decode`
-        pass
-    decode(encoded, channels, where)  # refuses every other type, and what is too large or cut off
-    array = np.load(io.BytesIO(encoded), allow_pickle=False)
-    return array if array.ndim == 3 else array[:, :, None]
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return (*read(file)[0], 1, 1)[2]
+    except Exception:  # NumPy's parser raises whatever it likes
+        return 1
 
 
 def _resized(image_hwc: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -105,15 +97,13 @@ def _resized(image_hwc: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _jpeg_bytes(image_hwc: np.ndarray, quality: int) -> bytes:
-    grey = image_hwc.shape[2] == 1
-    colours = {"colorspace": "GRAY", "colorsubsampling": "Gray"} if grey else {"colorspace": "RGB"}
-    options = colours if grey else colours | {"colorsubsampling": "420"}
-    return simplejpeg.encode_jpeg(np.ascontiguousarray(image_hwc), quality, **options)
+    """By Pillow, because simplejpeg's encoder always takes the fast, less exact transform."""
+    return _saved(image_hwc, "JPEG", quality=quality, subsampling="4:2:0")
 
 
-def _png_bytes(image_hwc: np.ndarray) -> bytes:
+def _saved(image_hwc: np.ndarray, form: str, **options) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(image_hwc[:, :, 0] if image_hwc.shape[2] == 1 else image_hwc).save(file, "PNG")
+    Image.fromarray(image_hwc[:, :, 0] if image_hwc.shape[2] == 1 else image_hwc).save(file, form, **options)
     return file.getvalue()
 
 

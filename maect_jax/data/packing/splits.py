@@ -1,5 +1,6 @@
 """The splits of whatever a name stands for, for commands that work on a whole data set."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -7,6 +8,8 @@ from maect_jax.data.packing.manifest import SPLITS, is_packed, read_manifest
 from maect_jax.data.sources.base import Source
 from maect_jax.data.sources.open import open_source
 from maect_jax.errors import DataError
+
+_LOG = logging.getLogger(__name__)
 
 
 def open_splits(name: str, *, split: str | None = None, channels: int | None = None) -> dict[str, Source]:
@@ -31,9 +34,10 @@ def open_splits(name: str, *, split: str | None = None, channels: int | None = N
     train = open_source(name, "train", channels=channels, key="train")
     try:
         test = open_source(name, "test", channels=channels, classes=None, key="test")
-    except DataError:
+    except DataError as error:
         if _names_a_test_split(folder):
             raise
+        _LOG.warning("no test split (%s)", error)
         return {"train": train}
     return {"train": train, "test": test}
 
