@@ -49,6 +49,9 @@ class Tree:
         """The training pictures beside it, where it is called as a test split is."""
         return None
 
+    def explain_empty(self) -> None:
+        """Raises DataError where there is something in it that would hold pictures if it were unpacked."""
+
     def source(self, name: str, handles: list, labels, classes: tuple[str, ...], channels: int) -> Source:
         """Some of its pictures, in that order."""
         raise NotImplementedError
@@ -73,6 +76,7 @@ def open_tree(name: str, tree: Tree, split: str, channels: int, classes: tuple[s
     folders, loose = root.folders(), root.loose()
     if not folders or (loose and not any(root.below(folder) for folder in folders)):
         if not loose:
+            root.explain_empty()
             kinds = ", ".join(e[1:] for e in EXTENSIONS)
             raise DataError(f"{key}: no pictures in {root.path!r}; they must lie in class folders and be {kinds}")
         if split == "test":

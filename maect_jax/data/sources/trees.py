@@ -83,6 +83,10 @@ class FolderTree(Tree):
     def training_set(self) -> Tree | None:
         return _training_set_beside(self._path.parent, self._path.name)
 
+    def explain_empty(self) -> None:
+        for path in sorted(self._path.iterdir()):
+            refuse_compressed(path)
+
     def source(self, name, handles, labels, classes, channels) -> FolderSource:
         if beside := set(archives_in(self._path)) - _SPLITS:
             _LOG.warning("%d archives beside the pictures of %s are left out", len(beside), self.path)
