@@ -61,7 +61,7 @@ def are_shards(tars: list[Path]) -> bool:
     if all(re.fullmatch(r"\d{5,}", stem) for stem in stems):  # classes have such names, too
         return with_text
     before = {re.sub(r"[-_.]\d{5,}(-of-\d+)?$", "", stem) for stem in stems}
-    return len(before) == 1 and not before & set(stems)
+    return not before & set(stems) and (len(before) == 1 or any(map(split_of, tars)))
 
 
 def open_webdataset(
