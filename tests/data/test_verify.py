@@ -1,0 +1,112 @@
+"""data verify: every bad picture and no other, of any source, and files that are not what a manifest says."""
+
+import json
+
+import numpy as np
+import pytest
+from packs import many_shards, natural, packed, write_folder
+
+from maect_jax.data.packing.splits import open_splits
+from maect_jax.data.packing.verify import CHUNK, bad_files, bad_pictures
+from maect_jax.data.sources.base import ArraySource
+from maect_jax.errors import BadPicture, DataError
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A folder of pictures, four of which are bad."""
+    root = write_folder(tmp_path / "in")
+    cut = root / "train/cat/001.jpg"
+    cut.write_bytes(cut.read_bytes()[:400])
+    (root / "train/cat/004.jpg").write_bytes(b"")
+    (root / "train/dog/005.jpg").write_text("<html>not found</html>")
+    (root / "val/dog/000.jpg").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_it_lists_what_is_bad_with_split_id_path_and_reason(damaged, workers):
+    found = bad_pictures(open_splits(str(damaged)), workers)
+    names = ("train/cat/001.jpg", "train/cat/004.jpg", "train/dog/005.jpg", "val/dog/000.jpg")
+    assert [(bad["split"], bad["id"]) for bad in found] == [("train", 1), ("train", 4), ("train", 11), ("test", 2)]
+    assert [bad["path"] for bad in found] == [str(damaged / name) for name in names]
+    assert all(bad["reason"] and "\n" not in bad["reason"] for bad in found)
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_every_picture_is_looked_at_once():
+    class Counting(ArraySource):
+        reads = ()
+
+        def read(self, index):
+            self.reads = (*self.reads, index)
+            if index % 100 == 7:
+                raise BadPicture(f"picture {index}", "broken")
+            return super().read(index)
+
+    source = Counting("counted", np.zeros((2 * CHUNK + 50, 2, 2, 3), np.uint8))
+    found = bad_pictures({"train": source}, 0)
+    assert sorted(source.reads) == list(range(len(source)))
+    assert [bad["id"] for bad in found] == [7, 107, 207]
+
+
+def test_one_split_alone_is_opened_when_it_is_asked_for(damaged):
+    assert list(open_splits(str(damaged), split="test")) == ["test"]
+    assert [bad["id"] for bad in bad_pictures(open_splits(str(damaged), split="test"), 0)] == [2]
+
+
+def test_a_set_without_a_test_split_is_its_training_split_alone(tmp_path, caplog):
+    root = write_folder(tmp_path / "in")
+    assert list(open_splits(str(root / "train"))) == ["train"]
+    assert "no test split" in caplog.text
+
+
+def test_a_test_split_that_can_not_be_opened_is_no_missing_one(tmp_path):
+    root = write_folder(tmp_path / "in")
+    (root / "val/dog").rename(root / "val/wolf")
+    with pytest.raises(DataError, match=r"class 'wolf' .* is not in the training set"):
+        open_splits(str(root))
+
+
+def test_pictures_of_another_number_of_channels_are_an_error_of_the_set(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        np.save(tmp_path / "in" / f"{name}.npy", natural(1, 8, 8, 5))
+    with pytest.raises(DataError, match="set channels to 5"):
+        bad_pictures(open_splits(str(tmp_path / "in")), 0)
+    assert bad_pictures(open_splits(str(tmp_path / "in"), channels=5), 0) == []
+    packed(tmp_path / "in", tmp_path / "out")
+    assert bad_pictures(open_splits(str(tmp_path / "out")), 0) == []  # the manifest says how many
+
+
+def test_files_of_a_packed_folder_are_compared_with_their_checksums(tmp_path, monkeypatch):
+    many_shards(monkeypatch)
+    packed(write_folder(tmp_path / "in"), tmp_path / "out", shard_mb=1)
+    folder = tmp_path / "out"
+    assert bad_files(folder, None) == []
+    files = sorted(path for path in folder.iterdir() if path.name != "manifest.json")
+    assert len(files) > 6
+    for path in files:
+        data = path.read_bytes()
+        for changed, reason in (
+            (data[:-1] + bytes([data[-1] ^ 1]), "SHA-256 is "),
+            (data[:50], "truncated at byte 50"),
+        ):
+            path.write_bytes(changed)
+            (found,) = bad_files(folder, None)
+            assert found["path"] == str(path) and found["id"] is None and reason in found["reason"]
+            assert found["split"] == path.name.split("-")[0]
+            other = {"train": "test", "test": "train"}[found["split"]]
+            assert bad_files(folder, other) == [] and bad_files(folder, found["split"]) == [found]
+        path.write_bytes(data)
+
+
+def test_a_flipped_bit_of_a_record_is_listed_with_shard_and_record(tmp_path):
+    packed(write_folder(tmp_path / "in"), tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("train-*.array_record")
+    data = bytearray(path.read_bytes())
+    data[3000] ^= 1
+    path.write_bytes(data)
+    (found,) = bad_pictures(open_splits(str(tmp_path / "out")), 0)
+    assert found["path"] == f"{path}: record {found['id']}" and "damaged" in found["reason"]
+    assert len(bad_files(tmp_path / "out", None)) == 1
