@@ -68,7 +68,7 @@ class Shards:
         shard, position = self._place(index)
         reader = self._readers[shard] or self._reader(shard)
         try:
-            return reader.read([position])[0]
+            return reader.read(position, position + 1)[0]  # a list of positions takes time with the shard's length
         except Exception as error:  # RuntimeError, IndexError; which ones is not documented
             raise BadPicture(self.where(index), f"damaged ({_reason(error)})", _MEND) from error
 
