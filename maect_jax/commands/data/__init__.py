@@ -5,9 +5,10 @@
 
 import argparse
 
+from maect_jax.commands.data import pack, prepare, stats, verify
 from maect_jax.terminal import Parser
 
-COMMANDS: dict = {}
+COMMANDS = {"prepare": prepare, "pack": pack, "verify": verify, "stats": stats}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
