@@ -4,9 +4,11 @@ Pictures are read by row group, the least that the format lets one read; a few r
 In another order than the files' that reads a whole group for a picture, so large groups are slow to train from.
 """
 
+import functools
 import hashlib
 import logging
 import os
+import shlex
 import threading
 from collections import OrderedDict
 from pathlib import Path
@@ -160,10 +162,9 @@ def _read_group(group: Group, path: str, column: str) -> pa.ChunkedArray:
             size += part.nbytes
             if size > MAX_GROUP_BYTES:
                 raise pa.ArrowInvalid(f"it unpacks to more than {MAX_GROUP_BYTES} bytes")
-    pictures = pa.chunked_array(parts)
-    if len(pictures) != group.rows:
-        raise pa.ArrowInvalid(f"it has {len(pictures)} rows, not {group.rows}")
-    return pictures
+    if sum(map(len, parts)) != group.rows:
+        raise pa.ArrowInvalid(f"it has {sum(map(len, parts))} rows, not {group.rows}")
+    return pa.chunked_array(parts)
 
 
 def parquet_folder(folder: Path) -> Path | None:
@@ -207,9 +208,14 @@ def _read_list(name: str, paths: list[Path], channels: int, key: str) -> Parquet
     if len(labels) != rows:
         raise DataError(f"{key}: {name!r} has {rows} rows and {len(labels)} labels; get the files anew")
     if size > SLOW_BYTES and size * len(groups) > KEPT_BYTES:
-        _LOG.warning(
-            "%s: a row group of %s has %d MiB, and all of it is read for one picture in another order; "
-            "`python -m maect_jax data pack %s DST` once makes that fast",
-            *(key, name, size >> 20, name),
-        )
+        _warn_of_slow(name, size >> 20)
     return ParquetSource(name, paths, groups, columns.image, columns.names, labels, classes, channels)
+
+
+@functools.cache  # once a process, though training, evaluation and class names all open the set
+def _warn_of_slow(name: str, mebibytes: int) -> None:
+    _LOG.warning(
+        "%s: a row group has %d MiB, and all of it is read for one picture in another order, as training does; "
+        "`python -m maect_jax data pack %s DST` once makes that fast",
+        *(name, mebibytes, shlex.quote(name)),
+    )

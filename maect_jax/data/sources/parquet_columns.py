@@ -92,7 +92,7 @@ def find_columns(path: Path, key: str) -> Columns:
 
 
 def find_groups(paths: list[Path], columns: Columns) -> tuple[list[Group], int]:
-    """The row groups of all files, and the mean bytes of pictures in one.
+    """The row groups of all files, and the mean bytes in one.
 
     Raises:
       DataError: a file is not readable or has other columns; a group is too large.
@@ -125,15 +125,22 @@ def read_labels(paths: list[Path], columns: Columns, key: str) -> tuple[np.ndarr
     if pa.types.is_integer(arrays[0].type):
         labels = np.concatenate([array.to_numpy().astype(np.int64) for array in arrays])
         return np.where(labels < -1, -1, labels), columns.classes
-    encoded = pa.chunked_array([chunk.cast(pa.large_string()) for array in arrays for chunk in array.chunks])
-    classes = tuple(sorted(encoded.unique().to_pylist()))
-    return pa.compute.index_in(encoded, pa.array(classes, pa.large_string())).to_numpy().astype(np.int64), classes
+    words = [word for array in arrays for word in _decoded(array)]
+    classes = tuple(sorted(set(words)))
+    index = {name: i for i, name in enumerate(classes)}
+    return np.array([index[word] for word in words], np.int64), classes
 
 
 def texts(path: str | Path, column: str) -> list[str | None]:
     """A column of texts; the last part of a path in the schema may lie in a struct."""
-    array = _column(Path(path), column)
-    return array.to_pylist()
+    return _decoded(_column(Path(path), column))
+
+
+def _decoded(array: pa.ChunkedArray) -> list[str | None]:
+    """Texts, which a damaged file may hold as bytes that are none."""
+    return [
+        None if text is None else text.decode(errors="replace") for text in array.cast(pa.large_binary()).to_pylist()
+    ]
 
 
 def unreadable(path: Path, error: Exception) -> DataError:
@@ -142,23 +149,22 @@ def unreadable(path: Path, error: Exception) -> DataError:
 
 
 def _groups_of(path: Path, columns: Columns) -> list[tuple[int, int]]:
-    """(rows, bytes of pictures) of each row group."""
+    """(rows, bytes) of each row group."""
     try:
         with open_file(path) as file:
-            metadata = file.metadata
-            leaves = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
-            for wanted in filter(None, (columns.image, columns.label)):
-                if wanted not in leaves:
-                    raise DataError(f"{path}: has no column {wanted!r}, which other files have; write them alike")
-            at = leaves.index(columns.image)
+            metadata, schema = file.metadata, file.schema_arrow
+            # not more: of damaged metadata of a column, which lie deeper, pyarrow may end the process
             groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-            found = [(group.num_rows, group.column(at).total_uncompressed_size) for group in groups]
+            found = [(group.num_rows, group.total_byte_size) for group in groups]
     except _ERRORS as error:
         raise unreadable(path, error) from error
+    for wanted in filter(None, (columns.image, columns.label)):
+        if wanted not in _leaves(schema):
+            raise DataError(f"{path}: has no column {wanted!r}, which other files have; write them alike")
     if sum(rows for rows, _ in found) > os.path.getsize(path) or any(rows < 0 for rows, _ in found):
         raise DataError(f"{path}: is damaged: it claims more rows than it has bytes; get it anew")
     if (most := max((size for _, size in found), default=0)) > MAX_GROUP_BYTES:
-        raise DataError(f"{path}: has {most} bytes of pictures in one row group; write it with row_group_size=100")
+        raise DataError(f"{path}: has {most} bytes in one row group; write it with row_group_size=100")
     return found
 
 
@@ -181,6 +187,11 @@ def _bytes_of(field: pa.Field) -> str | None:
         if index >= 0 and _is_bytes(field.type.field(index).type):
             return f"{field.name}.bytes"
     return None
+
+
+def _leaves(schema: pa.Schema) -> set[str]:
+    """Paths of the columns that are taken from: of pictures, and all that is in no struct."""
+    return {*schema.names, *filter(None, map(_bytes_of, schema))}
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
