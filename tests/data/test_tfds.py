@@ -173,6 +173,15 @@ def test_test_split_falls_back_to_validation(prepared, name):
     assert {test.image(i).tobytes() for i in range(4)} == {pixels(value).tobytes() for value in range(100, 104)}
 
 
+def test_first_record_of_a_test_split_may_be_damaged(prepared, tmp_path):
+    shutil.copytree(Path(prepared) / "tiny_hidden", tmp_path / "tiny_hidden")
+    (shard,) = (tmp_path / "tiny_hidden" / "1.0.0").glob("*-test.array_record-*")
+    damage(shard, 120)  # beyond the headers of file and record
+    with pytest.raises(BadPicture, match="record 0"):
+        Shards([str(shard)], [3]).read(0)
+    assert open_source("tiny_hidden", "test", data_dir=str(tmp_path)).split == "validation"
+
+
 def test_threads_read_what_one_thread_reads(prepared):
     source = open_source("noisy", "train", data_dir=prepared)
     expected = [source.read(i) for i in range(len(source))]
@@ -453,6 +462,26 @@ def test_set_that_is_not_prepared_tells_the_command(tmp_path):
     command = rf"python -m maect_jax data prepare cifar10 --data-dir {tmp_path}$"
     with pytest.raises(DataError, match=rf"'cifar10' is not prepared in {tmp_path}; prepare it once: {command}"):
         open_source("cifar10", "train", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("dataset_info.json", '"shardLengths"', '"shardLongs"'),
+        ("dataset_info.json", "{FILEFORMAT}", "{NOTHING}"),
+        ("dataset_info.json", "}", ""),
+        ("features.json", "}", ""),
+        ("features.json", "tensorflow_datasets.core.features.image_feature.Image", "os.system"),
+    ],
+)
+def test_description_that_is_damaged_is_an_error_of_one_line(noisy, file, old, new):
+    path = shard_of(noisy).parent / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(
+        DataError, match=r"^data.train: TFDS 'noisy' can not be opened \(.*\); mend that or prepare it anew$"
+    ):
+        open_source("noisy", "train", data_dir=noisy)
 
 
 def test_pictures_of_floats_are_refused(tmp_path):

@@ -69,6 +69,9 @@ class TfdsSource(Source):
         self.full_name = info.full_name
         self.shards = Shards([str(path) for path in info.splits[split].filepaths], info.splits[split].shard_lengths)
 
+    def __getstate__(self):
+        return {key: value for key, value in self.__dict__.items() if key != "_columns"}  # loaders need no names
+
     def __len__(self) -> int:
         return len(self.shards)
 
@@ -225,19 +228,7 @@ def check_name(name: str, key: str) -> None:
 
 def open_tfds(name: str, split: str, channels: int, data_dir: str | None, key: str) -> TfdsSource:
     """The data set `name` as prepared in `data_dir`; arguments and errors as `open.open_source`."""
-    try:
-        if not re.fullmatch(r"[\w./:*-]+", name):
-            raise tfds.core.DatasetNotFoundError
-        info = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir).info
-    except tfds.core.DatasetNotFoundError:
-        check_name(name, key)
-        raise DataError(
-            f"{key}: TFDS {name!r} is not prepared in {data_folder(data_dir)}; prepare it once: "
-            f"{preparation(name, data_dir)}"
-        ) from None
-    except ValueError as error:  # prepared in several data dirs
-        raise DataError(f"{key}: TFDS {name!r}: {error}") from error
-
+    info = _description(name, data_dir, key)
     if info.file_format != tfds.core.FileFormat.ARRAY_RECORD:  # TFRecord, say, has no random access
         raise DataError(
             f"{key}: TFDS {name!r} in {info.data_dir} is not in the array_record format; delete that folder "
@@ -248,8 +239,39 @@ def open_tfds(name: str, split: str, channels: int, data_dir: str | None, key: s
         if candidate not in splits or not splits[candidate].num_examples:
             continue
         source = TfdsSource(name, info, candidate, channels, key)
-        hidden = candidate == "test" and source.classes and source.read(0)[1] < 0
-        if hidden and "validation" in splits:  # ImageNet's test split has no labels
+        if candidate == "test" and "validation" in splits and _is_hidden(source):
             continue
         return source
     raise DataError(f"{key}: TFDS {name!r} has no {split} split, only {', '.join(splits) or 'none'}")
+
+
+def _description(name: str, data_dir: str | None, key: str) -> tfds.core.DatasetInfo:
+    """What the JSON files beside the shards say."""
+    try:
+        if not re.fullmatch(r"[\w./:*-]+", name):
+            raise tfds.core.DatasetNotFoundError
+        info = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir).info
+        for split in info.splits.values():
+            split.filepaths  # noqa: B018 - made now, so that a wrong pattern is an error now
+        return info
+    except tfds.core.DatasetNotFoundError:
+        check_name(name, key)
+        raise DataError(
+            f"{key}: TFDS {name!r} is not prepared in {data_folder(data_dir)}; prepare it once: "
+            f"{preparation(name, data_dir)}"
+        ) from None
+    except Exception as error:  # prepared in several data dirs; or TFDS can not read its own files
+        text = " ".join(str(error).split())
+        raise DataError(
+            f"{key}: TFDS {name!r} can not be opened ({text[:300]}); mend that or prepare it anew"
+        ) from error
+
+
+def _is_hidden(source: TfdsSource) -> bool:
+    """Whether labels are not published, as those of ImageNet's test split; by the first record that can be read."""
+    for index in range(len(source) if source.classes else 0):
+        try:
+            return source.read(index)[1] < 0
+        except BadPicture:
+            continue
+    return False
