@@ -79,3 +79,19 @@ def test_policy_error_ends_at_the_first_with_its_name(pictures, tmp_path, gib):
     assert process.returncode == 3
     assert "disc/003.png: not a readable picture" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_metrics_tell_what_loading_costs(finished):
+    found = {path: metrics(workdir) for path, (workdir, _) in finished.items()}
+    for line in found["streamed"]:
+        assert 0 <= line["data_wait"] <= 1 and 0 <= line["data_ready"] <= 2
+    loaded = [line for line in found["streamed"] if "decode_per_second" in line]  # not where all was loaded before
+    assert loaded and all(line["decode_per_second"] > 10 and line["data_mb_per_second"] > 0 for line in loaded)
+    for line in found["resident"]:
+        assert 0 <= line["data_wait"] <= 1
+        assert "data_ready" not in line and "decode_per_second" not in line, "nothing is read or decoded"
+
+
+def metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "data_wait" in line]

@@ -43,13 +43,15 @@ class Telemetry:
         """What is reported of the `seconds` since `earlier`.
 
         Returns:
-          data_wait: share of the time that the consumer waited; and, of what was loaded: data_ready: batches that were
-          ready when one was asked for, of at most `AHEAD`; decode_per_second: pictures a loader thread or process
-          read, decoded and cropped in a second of its work; data_mb_per_second: of encoded pictures, a second of time.
+          data_wait: share of the time that the consumer waited.
+          data_ready: batches that were ready when one was asked for, of at most `AHEAD`; where batches are loaded.
+          decode_per_second: pictures a loader thread or process read, decoded and cropped in a second of its work.
+          data_mb_per_second: of encoded pictures, a second of time. These two only where something was loaded.
         """
         values = {"data_wait": min(1.0, (self.wait_seconds - earlier.wait_seconds) / seconds)}
+        if asked := self.asked - earlier.asked:
+            values["data_ready"] = (self.ready - earlier.ready) / asked
         if (pictures := self.pictures - earlier.pictures) and (work := self.load_seconds - earlier.load_seconds) > 0:
-            values["data_ready"] = (self.ready - earlier.ready) / max(self.asked - earlier.asked, 1)
             values["decode_per_second"] = pictures / work
             values["data_mb_per_second"] = (self.bytes - earlier.bytes) / seconds / 1e6
         return values
