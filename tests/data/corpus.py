@@ -298,6 +298,7 @@ def refused() -> dict[str, tuple[bytes, str]]:
         ".npy cut off": (npy(image)[:-1], "cut off"),
         ".npy with a huge header": (npy_claiming(whole % "2, 2, 3" + " " * 60_000, bytes(12)), "does not describe"),
         ".npy with a calculating header": (npy_claiming("{'shape': (2,)*9**9}"), "does not describe"),
+        ".npy with a space for a comma": (npy_claiming(whole % "9 3"), "does not describe"),
         ".npy first bytes": (b"\x93NUMPY\1", "header can not be read"),
         ".npy of a later version": (b"\x93NUMPY\7\0" + bytes(90), "header can not be read"),
     }

@@ -11,7 +11,7 @@ SIGNATURE = b"\x93NUMPY"
 _LONGEST_HEADER = 4096
 _KIND = re.compile(rb"'descr': *'([<>|=]?[A-Za-z][0-9]*)'")
 _ORDER = re.compile(rb"'fortran_order': *(True|False)")
-_SHAPE = re.compile(rb"'shape': *\(([0-9, ]{1,99})\)")
+_SHAPE = re.compile(rb"'shape': *\(((?:[0-9]{1,18}, *){0,8}[0-9]{0,18}) *\)")
 
 
 def pixels_of(encoded: bytes, channels: int, where: str) -> np.ndarray:
