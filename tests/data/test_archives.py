@@ -129,7 +129,7 @@ def test_archives_beside_class_folders_are_left_out_with_a_word(tmp_path, caplog
     for name, content in few():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    tar(tmp_path / "backup.tar", few("c"))
+    tar(tmp_path / "backup.tar", few("c")).write_bytes(b"and damaged, which does not matter")
     with caplog.at_level(logging.WARNING):
         assert open_source(str(tmp_path), "train").classes == ("a", "b")
     assert "1 archives beside the pictures" in caplog.text

@@ -121,6 +121,12 @@ def test_pattern_that_finds_too_little_or_too_much_is_refused(tmp_path):
     assert "a pattern is for .tar (WebDataset) or .parquet files" in only_error(f"{tmp_path}/*.png")
 
 
+def test_tar_beside_the_folders_of_splits_does_not_matter(tmp_path):
+    three_shards(tmp_path / "train")
+    tar(tmp_path / "scripts.tar", [("make.py", b"")])
+    assert open_source(str(tmp_path), "train").labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
 def test_one_shard_is_a_set(tmp_path):
     path = shard(tmp_path / "few.tar", [("a", 0, 0), ("b", 1, 1)])
     source = open_source(str(path), "train")

@@ -40,6 +40,7 @@ def open_source(
           pattern such as 'shards/train-{000000..000146}.tar' or 'shards/train-*.tar';
         a folder of Parquet files with a column of pictures, such as `data/train-00000-of-00002.parquet`; one such
           file; or a pattern;
+        a folder that `python -m maect_jax data pack` wrote;
         a TFDS name such as 'cifar10'.
       split: 'train' or 'test'.
       channels: 1 (grey) or 3 (RGB), of the decoded pictures; of .npy files as many as they have.

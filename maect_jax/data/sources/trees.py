@@ -3,6 +3,7 @@
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
@@ -99,8 +100,12 @@ class ClassArchives(FolderTree):
     def __init__(self, path: Path):
         super().__init__(path)
         self._archives = {stem: file for stem, file in archives_in(path).items() if stem not in _SPLITS}
+
+    @cached_property
+    def _members(self) -> dict[str, Members]:
+        """The list of each archive; not made where only the classes are asked for."""
         with ThreadPoolExecutor(threads()) as pool:
-            self._members = dict(zip(self._archives, pool.map(index, self._archives.values())))
+            return dict(zip(self._archives, pool.map(index, self._archives.values())))
 
     def folders(self) -> list[str]:
         return list(self._archives)

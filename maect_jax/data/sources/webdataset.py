@@ -45,8 +45,9 @@ Sample = dict[str, tar.Entry]  # fields of one key: 'jpg', 'cls', …
 def is_webdataset(folder: Path) -> bool:
     """Whether a folder, or the folder of one of its splits, holds shards."""
     for at in (folder, *(folder / name for names in SPLIT_FOLDERS.values() for name in names)):
-        if at.is_dir() and (tars := files_in(at, ".tar")):
-            return are_shards(tars) and not holds_pictures(at)
+        tars = files_in(at, ".tar") if at.is_dir() else []
+        if tars and not holds_pictures(at) and are_shards(tars):
+            return True
     return False
 
 
