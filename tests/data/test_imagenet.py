@@ -128,7 +128,9 @@ def test_missing_archive_is_named_with_its_place_and_where_to_get_it(imagenet, t
         (manual / f"ILSVRC2012_img_{part}.tar").unlink()
     text = message(capfd, "imagenet2012", tmp_path)
     absent = " and no ".join(f"ILSVRC2012_img_{part}.tar" for part in missing)
-    assert f"{manual} has no {absent}; get it from https://image-net.org/download.php (login needed)" in text
+    assert (
+        f"{manual} has no {absent}; get what is missing from https://image-net.org/download.php (login needed)" in text
+    )
     assert not (tmp_path / "imagenet2012").exists()
 
 

@@ -91,7 +91,7 @@ def _check_archives(name: str, builder: tfds.core.DatasetBuilder, manual: Path) 
     if missing:
         raise DataError(
             f"{_KEY}: TFDS {name!r} is made from {' and '.join(wanted)}, and {manual} has no {' and no '.join(missing)}"
-            "; get it from https://image-net.org/download.php (login needed), put it there or give its folder as "
+            "; get what is missing from https://image-net.org/download.php (login needed), put it there or give its folder as "
             "--manual-dir"
         )
     for file in wanted:
