@@ -98,9 +98,9 @@ class _Open:
     def __init__(self, path: str):
         self.descriptor = os.open(path, os.O_RDONLY)
 
-    def __del__(self):
+    def __del__(self, close=os.close):  # bound here, because modules may be gone when the interpreter ends
         if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+            close(self.descriptor)
 
 
 def _opener():
