@@ -91,8 +91,8 @@ def _check_archives(name: str, builder: tfds.core.DatasetBuilder, manual: Path) 
     if missing:
         raise DataError(
             f"{_KEY}: TFDS {name!r} is made from {' and '.join(wanted)}, and {manual} has no {' and no '.join(missing)}"
-            "; get what is missing from https://image-net.org/download.php (login needed), put it there or give its folder as "
-            "--manual-dir"
+            "; get what is missing from https://image-net.org/download.php (login needed), put it there or give its "
+            "folder as --manual-dir"
         )
     for file in wanted:
         try:
