@@ -131,6 +131,7 @@ def speed(folder: Path, given: argparse.Namespace) -> None:
             "mean_bytes": round(statistics.mean(sizes)),
             "seconds": given.seconds,
             "repetitions": given.repetitions,
+            "load_average": os.getloadavg()[1],  # beyond the cores, others work here: look at the rates by CPU
         },
         "rows": rows,
         "not_measured": missing,
@@ -267,11 +268,10 @@ def memory(folder: Path) -> None:
         side = Side(mode, "maect_input.py", folder / "pictures", f"memory-{mode}")
         rows[mode] = side.ask(0)
         side.close()
-        taken = dict(rows[mode]["bytes"])
-        first, last = (next(b for n, b in taken.items() if n >= at) for at in (20_000, 100_000))
-        rows[mode]["growth_per_picture"] = round((last - first) / 80_000, 1)
+        taken = [(pictures, held) for pictures, held in rows[mode]["bytes"] if pictures >= 20_000]
+        rows[mode]["growth_per_picture"] = round(np.polyfit(*zip(*taken), 1)[0], 1)  # of a line through all of them
         print(f"{mode}: {rows[mode]['growth_per_picture']} bytes a picture from 20,000 to 100,000")
-        for pictures, held in taken.items():
+        for pictures, held in rows[mode]["bytes"]:
             print(f"{pictures:10} pictures {held / 1e6:10.1f} MB")
     (RESULTS / "input-memory.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=2) + "\n")
 
