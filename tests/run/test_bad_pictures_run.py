@@ -84,7 +84,8 @@ def test_policy_error_ends_at_the_first_with_its_name(pictures, tmp_path, gib):
 def test_metrics_tell_what_loading_costs(finished):
     found = {path: metrics(workdir) for path, (workdir, _) in finished.items()}
     for line in found["streamed"]:
-        assert 0 <= line["data_wait"] <= 1 and 0 <= line["data_ready"] <= 2
+        assert 0 <= line["data_wait"] <= 1
+    assert {0 <= line["data_ready"] <= 2 for line in found["streamed"] if "data_ready" in line} == {True}
     loaded = [line for line in found["streamed"] if "decode_per_second" in line]  # not where all was loaded before
     assert loaded and all(line["decode_per_second"] > 10 and line["data_mb_per_second"] > 0 for line in loaded)
     for line in found["resident"]:
