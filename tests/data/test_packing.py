@@ -5,6 +5,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -229,35 +230,36 @@ def test_a_shard_that_is_not_complete_is_written_again(tmp_path, monkeypatch, da
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_killed_processes_lose_only_the_shards_they_were_writing(tmp_path):
+@pytest.mark.skipif(shutil.which("ps") is None, reason="ps is not installed")
+def test_killed_processes_lose_only_the_shards_they_were_writing(tmp_path, monkeypatch):
+    settings = {"shard_mb": 10, "short_side": 150}
+    many_shards(monkeypatch)
     root = write_folder(tmp_path / "in", train=60, test=4, height=200, width=300)
     program = (
         "import sys; sys.path.insert(0, 'tests/data')\n"
         "from pathlib import Path; import packs; from maect_jax.data.packing import plan\n"
-        "plan.MEGABYTE = 20_000\n"
-        "if __name__ == '__main__': packs.packed(Path(sys.argv[1]), Path(sys.argv[2]), 2, shard_mb=1, short_side=150)\n"
+        "plan.MEGABYTE = 2000\n"
+        f"if __name__ == '__main__': packs.packed(Path(sys.argv[1]), Path(sys.argv[2]), 2, **{settings})\n"
     )
     (tmp_path / "run.py").write_text(program)
-    command = [sys.executable, tmp_path / "run.py", root]
+    command = [sys.executable, tmp_path / "run.py", root, tmp_path / "killed"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*command, tmp_path / "killed"], cwd=ROOT, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + 60
         while not list((tmp_path / "killed").glob("train-*.json")) and time.monotonic() < deadline:
             assert process.poll() is None
             time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
     finally:
-        if process.poll() is None:
-            process.kill()
+        process.kill()
+        process.wait()
     deadline = time.monotonic() + 20
     while _alive(process.pid) and time.monotonic() < deadline:  # the workers follow their parent
         time.sleep(0.05)
     assert not _alive(process.pid)
     assert not (tmp_path / "killed/manifest.json").exists()
     for target in ("killed", "whole"):
-        subprocess.run([*command, tmp_path / target], cwd=ROOT, env=environment, check=True)
+        packed(root, tmp_path / target, **settings)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
