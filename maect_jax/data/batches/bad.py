@@ -7,6 +7,8 @@ out, and a share of more than `LIMIT` of the set is an error.
 
 import json
 import logging
+import math
+import threading
 from pathlib import Path
 
 from etils import epath
@@ -30,8 +32,7 @@ class BadPictures:
       path: of `bad_images.jsonl`, to which a line a picture is added: data set, id, path, reason, the id that took its
         place; None = not written. Lines of earlier starts are known and not written again.
 
-    Attributes:
-      found: how many there are of each set, by its name.
+    Several loaders may note at once.
     """
 
     def __init__(self, policy: str = "skip", limit: float = LIMIT, path: str | Path | epath.Path | None = None):
@@ -40,7 +41,8 @@ class BadPictures:
         self.policy, self.limit = policy, limit
         self.path = None if path is None else epath.Path(path)
         self._where: dict[int, tuple[Source, set[str]]] = {}
-        self._written, self._start = self._read()
+        self._lock = threading.Lock()
+        self._written, self._whole = self._read()
 
     def note(self, source: Source, bad: list[Bad]) -> None:
         """Takes what a chunk found.
@@ -50,20 +52,22 @@ class BadPictures:
         """
         if not bad:
             return
-        _, seen = self._where.setdefault(id(source), (source, set()))  # with the source, so that its id stays its own
-        for picture in bad:
-            seen.add(picture.where)
-            if picture.where not in self._written:
-                self._written.add(picture.where)
-                self._write(source, picture)
+        with self._lock:
+            # with the source, so that its id stays its own
+            _, seen = self._where.setdefault(id(source), (source, set()))
+            for picture in bad:
+                seen.add(picture.where)
+                if picture.where not in self._written:
+                    self._written.add(picture.where)
+                    self._write(source, picture)
         if len(seen) > self.limit * len(source):
-            last = bad[-1]
+            share, last = len(seen) / len(source), bad[-1]
             raise DataError(
-                f"data: {len(seen)} of {len(source)} pictures of {source.name!r} can not be used, "
+                f"data: {len(seen)} of {len(source)} pictures of {source.name!r} can not be used: {100 * share:.3g} %, "
                 f"more than {100 * self.limit:g} %; the last is {last.where}: {last.reason}. "
-                + (f"All are in {self.path}. " if self.path else "")
-                + "List the bad ones with `python -m maect_jax data verify`, and replace them or take them out"
-                + f"; or allow more with data.bad_limit (now {self.limit})"
+                + (f"All that were met are in {self.path}. " if self.path else "")
+                + f"Replace them or take them out (`python -m maect_jax data verify {source.name}` lists every one), "
+                f"or allow them with data.bad_limit={math.ceil(1000 * share) / 1000:g} (now {self.limit:g})"
             )
 
     def count(self, source: Source) -> int:
@@ -83,18 +87,22 @@ class BadPictures:
             "replaced_by": picture.replaced_by if picture.replaced_by >= 0 else None,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._whole is not None:
+            self.path.write_text(self._whole)
+            self._whole = None
         with self.path.open("a") as file:
-            file.write(self._start + json.dumps(line) + "\n")
-        self._start = ""
+            file.write(json.dumps(line) + "\n")
 
-    def _read(self) -> tuple[set[str], str]:
-        """The paths that are in the file, and what ends its last line if the machine went down within it."""
+    def _read(self) -> tuple[set[str], str | None]:
+        """The paths that are in the file; and its whole lines, where the machine went down within the last one."""
         if self.path is None or not self.path.exists():
-            return set(), ""
-        known, text = set(), self.path.read_text()
-        for line in text.splitlines():
+            return set(), None
+        text = self.path.read_bytes().decode(errors="replace")
+        whole = text[: text.rfind("\n") + 1]
+        known = set()
+        for line in whole.splitlines():
             try:
                 known.add(json.loads(line)["path"])
             except (ValueError, TypeError, KeyError):
                 continue
-        return known, "\n" if text and not text.endswith("\n") else ""
+        return known, None if whole == text else whole

@@ -166,6 +166,7 @@ def usable(source: Source, sample_id: int, policy: str, bad: list[Bad], load):
             continue
         bad += [Bad(i, error.where, error.reason, candidate) for i, error in failed]
         return found
+    bad += [Bad(i, error.where, error.reason, -1) for i, error in failed]
     raise DataError(f"{len(failed)} pictures in a row can not be used, the last is {failed[-1][1]}")
 
 
