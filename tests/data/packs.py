@@ -35,7 +35,7 @@ def write_folder(root: Path, train: int = 12, test: int = 4, ending: str = "jpg"
     return root
 
 
-def packed(source: Path, folder: Path, workers: int = 0, skip: bool = True, **settings) -> Result:
+def packed(source: Path | str, folder: Path, workers: int = 0, skip: bool = True, **settings) -> Result:
     """`data pack` without its command line."""
     return pack(str(source), open_splits(str(source)), folder, Settings(**settings), skip=skip, workers=workers)
 

@@ -6,8 +6,10 @@ import pickle
 import jax
 import numpy as np
 import pytest
-from forms import LABELLED, UNLABELLED, class_numbers
+from forms import LABELLED as WRITTEN
+from forms import UNLABELLED, class_numbers, write_folder
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from packs import packed
 from PIL import Image
 from real_pictures import ARCHIVES, SIDES, first_pictures
 
@@ -16,6 +18,14 @@ from maect_jax.data.sources.open import open_source
 
 CLASSES, EACH = 6, 10
 BATCH = 8
+
+
+def write_packed(root, pictures):
+    packed(write_folder(root / "pictures", pictures), root / "records")
+    return str(root / "records")
+
+
+LABELLED = WRITTEN | {"packed records": write_packed}
 
 
 @pytest.fixture(scope="module", params=ARCHIVES)
