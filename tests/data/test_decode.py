@@ -54,6 +54,16 @@ def test_what_keeps_every_pixel_gives_every_pixel_of_the_first_picture(form):
     np.testing.assert_array_equal(decode(OTHERS[form], 3, form), photo(29, 43, 1))
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_every_mode_becomes_grey_or_rgb_as_pillow_converts(mode):
+    image = Image.fromarray(photo(6, 8, 3))
+    image = image.convert("L") if mode == "I;16" else image.convert(mode)
+    file = encoded(Image.fromarray(np.asarray(image).astype(np.uint16) << 8) if mode == "I;16" else image, "TIFF")
+    for channels, target in MODES.items():
+        expected = np.asarray(image.convert(target)).reshape(6, 8, channels)
+        np.testing.assert_array_equal(decode(file, channels, mode), expected)
+
+
 @pytest.mark.parametrize("form", ["GIF animated", "WebP animated"])
 def test_of_an_animation_the_first_picture_is_taken(form):
     first = decode(OTHERS[form], 3, form).astype(int)

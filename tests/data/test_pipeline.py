@@ -15,7 +15,6 @@ from PIL import Image
 
 from maect_jax.data.batches.evaluation import EvaluationBatches
 from maect_jax.data.batches.training import ASPECT, training_batches
-from maect_jax.data.host import crops
 from maect_jax.data.host.counters import crop_box, epoch_order
 from maect_jax.data.sources.base import ArraySource
 from maect_jax.data.sources.open import open_source
@@ -196,26 +195,9 @@ def test_crop_falls_back_to_the_central_box_when_no_try_fits(height, width, expe
     assert box == expected
 
 
-def test_two_channel_pictures_are_cropped_channel_by_channel():
-    image = np.random.RandomState(0).randint(0, 256, (20, 30, 2)).astype(np.uint8)
-    for channel in range(2):
-        alone = Image.fromarray(image[:, :, channel]).resize((8, 8), Image.Resampling.BICUBIC)
-        np.testing.assert_array_equal(crops.resize(image, 8, 8)[:, :, channel], np.asarray(alone))
-
-
 def test_fewer_pictures_than_a_batch_names_both_numbers(source, sharding):
     with pytest.raises(DataError, match=r"has 22 pictures, fewer than one batch of 32; set batch to at most 22"):
         batches(source, sharding, 1, batch=32)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_broken_picture_stops_training_with_its_name(tmp_path, sharding, workers):
-    for i in range(8):
-        Image.new("RGB", (9 + i, 9)).save(tmp_path / f"{i}.png")
-    source = open_source(str(tmp_path), "train")
-    (tmp_path / "5.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"5\.png: not a readable picture"):
-        batches(source, sharding, 2, workers=workers)
 
 
 def evaluated(source, sharding, **changes):

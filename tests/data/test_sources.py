@@ -1,6 +1,5 @@
 """Sources: what is found under a name, what a picture decodes to, and what an error tells the user."""
 
-import io
 import pickle
 import sys
 import types
@@ -10,7 +9,6 @@ import pytest
 from PIL import Image
 
 from maect_jax.data.batches.resident import load_resident
-from maect_jax.data.host.decode import decode
 from maect_jax.data.sources.base import ArraySource
 from maect_jax.data.sources.open import open_source
 from maect_jax.errors import DataError
@@ -119,63 +117,6 @@ def test_folder_with_only_a_test_split_is_not_two_classes(pets):
     (pets / "train").rename(pets / "test")
     with pytest.raises(DataError, match="has test/, val/ but no train/"):
         open_source(str(pets), "train")
-
-
-@pytest.mark.parametrize("content", [b"", b"not a picture", None])
-def test_broken_picture_is_named_when_it_is_decoded(pets, content):
-    path = pets / "train" / "cat" / "1.png"
-    path.write_bytes(path.read_bytes()[:60] if content is None else content)
-    source = open_source(str(pets), "train")
-    source.image(0)
-    with pytest.raises(DataError, match=r"cat/1\.png: not a readable picture"):
-        source.image(1)
-    path.unlink()
-    with pytest.raises(DataError, match=r"cat/1\.png: .*no such file"):
-        source.image(1)
-
-
-def test_picture_of_too_many_pixels_is_refused_before_decoding(pets):
-    Image.new("1", (30_000, 30_000)).save(pets / "train" / "cat" / "0.png")
-    source = open_source(str(pets), "train")
-    for read in (source.image, source.size):
-        with pytest.raises(DataError, match=r"cat/0\.png: "):
-            read(0)
-
-
-def test_camera_rotation_is_applied(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
-    gradient = np.repeat(np.arange(0, 256, 8, dtype=np.uint8)[None, :], 16, axis=0)  # dark left, bright right
-    for name, kind in (("a.jpg", "JPEG"), ("b.webp", "WEBP"), ("c.tiff", "TIFF")):
-        Image.fromarray(gradient).convert("RGB").save(tmp_path / name, kind, exif=exif)
-    source = open_source(str(tmp_path), "train")
-    for i in range(3):
-        image = source.image(i)
-        assert image.shape == (32, 16, 3)
-        assert source.size(i) == (32, 16)
-        assert image[0].mean() < 20 < 230 < image[-1].mean()  # dark on top
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
-def test_every_mode_becomes_grey_or_rgb_as_pillow_converts(mode):
-    image = Image.fromarray(pixels(3)).convert(mode)
-    encoded = io.BytesIO()
-    image.save(encoded, "TIFF")
-    for channels, target in ((1, "L"), (3, "RGB")):
-        expected = np.asarray(image.convert(target)).reshape(6, 8, channels)
-        np.testing.assert_array_equal(decode(encoded.getvalue(), channels, "x"), expected)
-
-
-def test_sixteen_bit_grey_is_scaled_not_clipped():
-    values = np.array([[0, 256, 0x7FFF, 0xFFFF]], np.uint16)
-    encoded = io.BytesIO()
-    Image.fromarray(values).save(encoded, "PNG")
-    np.testing.assert_array_equal(decode(encoded.getvalue(), 1, "x")[0, :, 0], [0, 1, 127, 255])
-
-
-def test_files_do_not_give_four_channels(pets):
-    with pytest.raises(DataError, match="1 or 3 channels, not 4"):
-        open_source(str(pets), "train", channels=4).image(0)
 
 
 def test_digits_come_from_the_embedded_set_in_the_channels_asked_for(monkeypatch):
