@@ -158,12 +158,12 @@ def test_a_damaged_record_leaves_its_neighbours_and_other_threads_alone(copy):
     assert sum(found == {"bad"} for found in seen.values()) == 1
 
 
-def rewritten(folder, change):
+def rewritten(folder, change, options="group_size:1,uncompressed"):
     """The folder's training shard with other records in it, whose ArrayRecord checksums are right."""
     path = only_shard(folder)
     source = open_source(str(folder), "train")
     records = [change(index, source.shards.read(index)) for index in range(len(source))]
-    writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
+    writer = ArrayRecordWriter(str(path), options)
     for record in records:
         writer.write(record)
     writer.close()
@@ -185,6 +185,12 @@ def test_a_record_that_lies_where_another_should_is_a_bad_picture(copy):
     source = rewritten(copy, lambda index, record: stranger if index == 3 else record)
     with pytest.raises(BadPicture, match=r"record 3: label 1, train-labels\.npy says 0; copy the folder anew"):
         source.read(3)
+
+
+def test_compressed_records_are_refused_before_one_is_unpacked(copy):
+    with pytest.raises(DataError, match=r"\.array_record: compressed, so not written by `data pack`"):
+        rewritten(copy, lambda index, record: bytes(1 << 22) if index == 3 else record, "group_size:1,zstd")
+    assert only_shard(copy).stat().st_size < 1 << 22  # four megabytes of zeros hardly show on the disk
 
 
 def in_manifest(**changes):

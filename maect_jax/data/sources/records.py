@@ -22,6 +22,16 @@ from maect_jax.errors import BadPicture, DataError
 __all__ = ["RecordSource", "is_packed", "open_records"]
 
 
+class _PlainShards(Shards):
+    """Shards whose records are as long in memory as on the disk: others could unpack to any size."""
+
+    def _reader(self, shard: int):
+        reader = super()._reader(shard)
+        if "uncompressed" not in (reader.writer_options_string() or "").split(","):
+            raise DataError(f"{self.paths[shard]}: compressed, so not written by `data pack`; pack the set anew")
+        return reader
+
+
 class RecordSource(Source):
     """One split of a packed folder; labels are known without reading a picture, names are read when asked for.
 
@@ -44,7 +54,7 @@ class RecordSource(Source):
         for shard in split.shards:
             check_size(folder, shard)
         paths = [str(folder / shard.file) for shard in split.shards]
-        self.shards = Shards(paths, [shard.records for shard in split.shards])
+        self.shards = _PlainShards(paths, [shard.records for shard in split.shards])
 
     def __len__(self) -> int:
         return self.split.records
