@@ -49,7 +49,7 @@ def default() -> ConfigDict:
                 "predictor": {"hidden": 4096},
             },
             "data": {
-                "train": "",  # 'digits', a folder, or a TFDS name
+                "train": "",  # 'digits', a folder or file of pictures, or a TFDS name; see docs/data.md
                 "test": "",  # the same as `train` when empty
                 "mean": IMAGENET_MEAN,  # a channel, for values in 0..1
                 "std": IMAGENET_STD,

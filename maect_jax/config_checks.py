@@ -40,7 +40,7 @@ def check(config: ConfigDict) -> list[str]:
     need(model.pooling in ("cls", "mean"), "model.pooling", "must be 'cls' or 'mean'")
     need(model.positions in ("fixed", "learned"), "model.positions", "must be 'fixed' or 'learned'")
     need(model.dtype in ("bfloat16", "float32"), "model.dtype", "must be 'bfloat16' or 'float32'")
-    need(bool(config.data.train), "data.train", "give 'digits', a folder of pictures, or a TFDS name")
+    need(bool(config.data.train), "data.train", "give 'digits', a folder or file of pictures, or a TFDS name")
     for key in ("mean", "std"):
         need(len(config.data[key]) == model.channels, f"data.{key}", f"needs {model.channels} values, one a channel")
     need(all(s > 0 for s in config.data.std), "data.std", "must be positive")

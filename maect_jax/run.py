@@ -134,8 +134,9 @@ def open_data(config: ConfigDict) -> tuple[Source, Source | None]:
         )
     if not train.classes and not config.data.test:
         return train, None
-    name = config.data.test or config.data.train
-    return train, open_source(name, "test", channels=channels, classes=train.classes or None)
+    if not config.data.test:  # a split of its own, or an error: the training pictures are no test set
+        return train, open_source(config.data.train, "test", channels=channels)
+    return train, open_source(config.data.test, "test", channels=channels, classes=train.classes or None)
 
 
 def bad_pictures(config: ConfigDict, root: epath.Path) -> BadPictures:
