@@ -38,3 +38,18 @@ def sample_keys(seed: int, purpose: str, epoch: jax.Array, sample_id_b: jax.Arra
     """
     key = jax.random.fold_in(jax.random.fold_in(purpose_key(seed, purpose), epoch), view)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, sample_id_b.astype(jnp.uint32))
+
+
+def below(words: jax.Array, n: jax.Array | int) -> jax.Array:
+    """Random words to whole numbers 0 <= x < n, each as likely to one part in 2^16 / n.
+
+    In integers, because what a rounded product gives may depend on how the compiler fused it.
+
+    Args:
+      words: uint32 of any shape, from `jax.random.bits`.
+      n: 1..2^16, of a shape that goes with `words`.
+
+    Returns:
+      int32.
+    """
+    return ((words >> 16) * jnp.asarray(n, jnp.uint32) >> 16).astype(jnp.int32)

@@ -1,11 +1,11 @@
-"""What happens to a picture on the device: crop, flip, colour, blur, grey, solarise, normalise.
+"""Views of a picture on the device: crop, flip, colour, blur, grey, solarise, normalise.
 
-Pictures are float32 [batch, height, width, channels] in 0..255 until `normalise`. Every random number comes from one
-key a sample, so a view does not depend on the batch or the device it is computed on.
+Pictures are float32 [batch, height, width, channels] and hold whole numbers in 0..255 until `normalise`. Every random
+number comes from one key a sample and all arithmetic before `normalise` is exact, so a view is the same to the bit
+whatever the batch and the devices it is computed on.
 
-Sources: MAE (He et al. 2022), appendix A; MAE-CT (Lehner et al. 2023), released recipes. Crops follow torchvision's
-RandomResizedCrop with PIL's antialiased bicubic kernel (without its rounding between the two passes); colours follow
-torchvision's ColorJitter in float arithmetic; the blur is a true Gaussian where PIL approximates one by boxes.
+Sources: MAE (He et al. 2022), appendix A; MAE-CT (Lehner et al. 2023), released recipes; BYOL (Grill et al. 2020),
+appendix B, for the two unlike views.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,20 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from maect_jax.randomness import sample_keys
+from maect_jax.data.device.colours import (
+    SIGMAS,
+    blur_weights,
+    colour_jitter,
+    draw_jitter,
+    gaussian_blur,
+    solarise,
+    to_grey,
+)
+from maect_jax.data.device.crops import random_flip, random_resized_crop
+from maect_jax.randomness import below, sample_keys
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_GREY = (0.299, 0.587, 0.114)  # ITU-R 601 luma, as PIL's convert("L")
-_BLUR_SIGMA = (0.1, 2.0)  # pixels of a picture of 224 x 224; smaller pictures are blurred in proportion
-_BLUR_SIZE = 224
 
 
 @dataclass(frozen=True)
@@ -40,135 +47,6 @@ STRONG = (
 AUGMENTATIONS = {"minimal": MINIMAL, "strong": STRONG}
 
 
-def _bicubic(x: jax.Array) -> jax.Array:
-    """PIL's bicubic kernel (a = -0.5), zero beyond 2."""
-    x = jnp.abs(x)
-    near = (1.5 * x - 2.5) * x * x + 1
-    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
-    return jnp.where(x < 1, near, jnp.where(x < 2, far, 0.0))
-
-
-def resize_weights(start: jax.Array, length: jax.Array, source: int, target: int) -> jax.Array:
-    """Matrix [target, source] that resizes pixels start..start+length of a line to `target` pixels.
-
-    Antialiased bicubic: the kernel is stretched when the line shrinks; pixels outside the interval have no weight.
-    """
-    scale = length / target
-    stretch = jnp.maximum(scale, 1.0)
-    centre = (jnp.arange(target) + 0.5) * scale
-    pixel = jnp.arange(source) - start
-    weight = _bicubic((pixel[None, :] + 0.5 - centre[:, None]) / stretch)
-    weight = jnp.where((pixel >= 0) & (pixel < length), weight, 0.0)
-    return weight / weight.sum(axis=1, keepdims=True)
-
-
-def crop_box(key: jax.Array, height: int, width: int, scale: tuple[float, float], ratio=(3 / 4, 4 / 3)) -> jax.Array:
-    """Random crop as (top, left, height, width), float32 [4] holding whole pixels.
-
-    torchvision's RandomResizedCrop: area fraction uniform in `scale`, aspect log-uniform in `ratio`, ten tries, then
-    the largest central crop whose aspect lies in `ratio`.
-    """
-    area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
-    area = height * width * jax.random.uniform(area_key, (10,), minval=scale[0], maxval=scale[1])
-    low, high = jnp.log(ratio[0]), jnp.log(ratio[1])
-    aspect = jnp.exp(jax.random.uniform(ratio_key, (10,), minval=low, maxval=high))
-    w = jnp.round(jnp.sqrt(area * aspect))
-    h = jnp.round(jnp.sqrt(area / aspect))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = jnp.argmax(fits)
-    whole = width / height
-    fallback_w = round(min(width, height * ratio[1])) if whole > ratio[1] else width
-    fallback_h = round(min(height, width / ratio[0])) if whole < ratio[0] else height
-    any_fits = fits.any()
-    w = jnp.where(any_fits, w[first], fallback_w)
-    h = jnp.where(any_fits, h[first], fallback_h)
-    top = jnp.floor(jax.random.uniform(top_key) * (height - h + 1))
-    left = jnp.floor(jax.random.uniform(left_key) * (width - w + 1))
-    top = jnp.where(any_fits, top, (height - fallback_h) // 2)
-    left = jnp.where(any_fits, left, (width - fallback_w) // 2)
-    return jnp.stack([top, left, h, w])
-
-
-def resize_boxes(images_bhwc: jax.Array, boxes_b4: jax.Array, size: int) -> jax.Array:
-    """The boxes (top, left, height, width) of the pictures resized to [batch, size, size, channels], within 0..255."""
-    _, height, width, _ = images_bhwc.shape
-    rows = jax.vmap(lambda box: resize_weights(box[0], box[2], height, size))(boxes_b4)
-    columns = jax.vmap(lambda box: resize_weights(box[1], box[3], width, size))(boxes_b4)
-    x = jnp.einsum("boi,biwc,bpw->bopc", rows, images_bhwc.astype(jnp.float32), columns)
-    return jnp.clip(x, 0.0, 255.0)
-
-
-def random_resized_crop(keys_b: jax.Array, images_bhwc: jax.Array, size: int, scale: tuple[float, float]) -> jax.Array:
-    """A random crop of each picture resized to `size`; see `crop_box`."""
-    _, height, width, _ = images_bhwc.shape
-    boxes = jax.vmap(lambda key: crop_box(key, height, width, scale))(keys_b)
-    return resize_boxes(images_bhwc, boxes, size)
-
-
-def random_flip(keys_b: jax.Array, images_bhwc: jax.Array) -> jax.Array:
-    """Each picture mirrored left-right with probability one half."""
-    flip_b = jax.vmap(jax.random.bernoulli)(keys_b)
-    return jnp.where(flip_b[:, None, None, None], images_bhwc[:, :, ::-1], images_bhwc)
-
-
-def to_grey(x: jax.Array) -> jax.Array:
-    """Luma of [..., 3] pictures as [..., 1]."""
-    return (x * jnp.asarray(_GREY)).sum(axis=-1, keepdims=True)
-
-
-def shift_hue(x_hwc: jax.Array, shift: jax.Array) -> jax.Array:
-    """Hue turned by `shift` (in turns, -0.5..0.5) at equal HSV saturation and value."""
-    high = x_hwc.max(axis=-1)
-    chroma = high - x_hwc.min(axis=-1)
-    safe = jnp.where(chroma > 0, chroma, 1.0)
-    r, g, b = x_hwc[..., 0], x_hwc[..., 1], x_hwc[..., 2]
-    sextant = jnp.where(high == r, (g - b) / safe, jnp.where(high == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    sextant = sextant + 6 * shift
-    offsets = jnp.asarray([5.0, 3.0, 1.0])
-    k = (offsets + sextant[..., None]) % 6
-    return high[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0, 1)
-
-
-def colour_jitter(key: jax.Array, x_hwc: jax.Array, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1) -> jax.Array:
-    """Brightness, contrast, saturation and hue changes in random order on one picture in 0..255."""
-    order_key, factor_key, hue_key = jax.random.split(key, 3)
-    order = jax.random.permutation(order_key, 4)
-    spread = jnp.asarray([brightness, contrast, saturation])
-    factor = 1 + spread * jax.random.uniform(factor_key, (3,), minval=-1.0, maxval=1.0)
-    shift = hue * jax.random.uniform(hue_key, minval=-1.0, maxval=1.0)
-
-    def apply(x, operation):
-        grey = to_grey(x)
-        other = jnp.where(operation == 0, 0.0, jnp.where(operation == 1, jnp.round(grey.mean()), grey))
-        strength = factor[jnp.minimum(operation, 2)]
-        blended = jnp.clip(strength * x + (1 - strength) * other, 0.0, 255.0)
-        return jnp.where(operation == 3, shift_hue(x, shift), blended), None
-
-    return jax.lax.scan(apply, x_hwc, order)[0]
-
-
-def blur_weights(sigma: jax.Array, size: int) -> jax.Array:
-    """Matrix [size, size] of a Gaussian blur with standard deviation `sigma` pixels; the border pixel is repeated."""
-    reach = int(3 * _BLUR_SIGMA[1] + 0.5)
-    offset = jnp.arange(-reach, size + reach)[None, :] - jnp.arange(size)[:, None]
-    weight = jnp.where(jnp.abs(offset) <= reach, jnp.exp(-0.5 * (offset / sigma) ** 2), 0.0)
-    weight = weight / weight.sum(axis=1, keepdims=True)
-    inside = weight[:, reach:-reach]
-    inside = inside.at[:, 0].add(weight[:, :reach].sum(axis=1))
-    return inside.at[:, -1].add(weight[:, -reach:].sum(axis=1))
-
-
-def gaussian_blur(x_hwc: jax.Array, sigma: jax.Array) -> jax.Array:
-    """Square picture blurred by a Gaussian of `sigma` pixels (at most 2)."""
-    weights = blur_weights(sigma, x_hwc.shape[0])
-    return jnp.einsum("oi,iwc,pw->opc", weights, x_hwc, weights)
-
-
-def solarise(x_hwc: jax.Array, threshold: float = 128.0) -> jax.Array:
-    """Values at or above the threshold inverted."""
-    return jnp.where(x_hwc < threshold, x_hwc, 255.0 - x_hwc)
-
-
 def _sometimes(key: jax.Array, probability: float, operation, x_hwc: jax.Array) -> jax.Array:
     """`operation(key, x)` with the given probability; not computed at all when it is 0."""
     if probability == 0:
@@ -178,26 +56,37 @@ def _sometimes(key: jax.Array, probability: float, operation, x_hwc: jax.Array) 
     return changed if probability == 1 else jnp.where(jax.random.bernoulli(choice_key, probability), changed, x_hwc)
 
 
-def _random_blur(key: jax.Array, x_hwc: jax.Array) -> jax.Array:
-    low, high = (sigma * min(1.0, x_hwc.shape[0] / _BLUR_SIZE) for sigma in _BLUR_SIGMA)
-    return gaussian_blur(x_hwc, jax.random.uniform(key, minval=low, maxval=high))
-
-
 def change_colours(keys: dict[str, jax.Array], images_bhwc: jax.Array, recipe: ViewAugmentation) -> jax.Array:
-    """Jitter, blur, grey, solarise, in this order, on RGB pictures in 0..255; `keys` holds one key a sample each."""
+    """Jitter, blur, grey, solarise, in this order, on RGB pictures; see `colours`.
 
-    def one(x, colour, blur, grey, solar):
-        x = _sometimes(colour, recipe.jitter, colour_jitter, x)
-        x = _sometimes(blur, recipe.blur, _random_blur, x)
-        x = _sometimes(grey, recipe.grey, lambda _, y: jnp.broadcast_to(to_grey(y), y.shape), x)
-        return _sometimes(solar, recipe.solarise, lambda _, y: solarise(y), x)
+    Args:
+      keys: 'colour', 'blur', 'grey' and 'solarise', one key a sample each.
+      images_bhwc: float32 [batch, height, width, 3], whole numbers in 0..255.
+      recipe: with which probability each is done.
+    """
+    weights_st = jnp.asarray(blur_weights(min(images_bhwc.shape[1:3])))
+
+    def jitter(key, x):
+        return colour_jitter(x, *draw_jitter(key))
+
+    def blur(key, x):
+        return gaussian_blur(x, weights_st[below(jax.random.bits(key), SIGMAS)])
+
+    def one(x, colour_key, blur_key, grey_key, solarise_key):
+        x = _sometimes(colour_key, recipe.jitter, jitter, x)
+        x = _sometimes(blur_key, recipe.blur, blur, x)
+        x = _sometimes(grey_key, recipe.grey, lambda _, y: jnp.broadcast_to(to_grey(y), y.shape), x)
+        return _sometimes(solarise_key, recipe.solarise, lambda _, y: solarise(y), x)
 
     return jax.vmap(one)(images_bhwc, *(keys[name] for name in ("colour", "blur", "grey", "solarise")))
 
 
 def normalise(images_bhwc: jax.Array, mean: tuple[float, ...], std: tuple[float, ...]) -> jax.Array:
-    """Pictures in 0..255 to zero mean and unit deviation of the data; `mean` and `std` are given for 0..1."""
-    return (images_bhwc / 255.0 - jnp.asarray(mean)) / jnp.asarray(std)
+    """Pictures in 0..255 to zero mean and unit deviation of the data; `mean` and `std` are given for 0..1.
+
+    The difference comes first, because compilers fuse a product and a sum, one time and not another.
+    """
+    return (images_bhwc - 255 * jnp.asarray(mean)) / (255 * jnp.asarray(std))
 
 
 def crop_and_flip(

@@ -71,7 +71,8 @@ def _luma(x_hwc: jax.Array) -> jax.Array:
     """Grey picture, int32 [h, w, 1]."""
     if x_hwc.shape[-1] == 1:
         return x_hwc
-    return ((x_hwc * jnp.asarray(_LUMA)).sum(axis=-1, keepdims=True) + 2**15) // 2**16
+    weighted = sum(weight * x_hwc[..., channel] for channel, weight in enumerate(_LUMA))
+    return ((weighted + 2**15) // 2**16)[..., None]
 
 
 def _blend(other: jax.Array, x: jax.Array, factor: jax.Array) -> jax.Array:
