@@ -47,8 +47,8 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-def png(image: np.ndarray, interlaced: bool = False, chunks: bytes = b"") -> bytes:
-    """uint8 or uint16 [h, w] or [h, w, 2..4]; `chunks` go before the pixels."""
+def png(image: np.ndarray, interlaced: bool = False, chunks: bytes = b"", behind: bytes = b"") -> bytes:
+    """uint8 or uint16 [h, w] or [h, w, 2..4]; `chunks` go before the pixels, `behind` behind them."""
     image = image[:, :, None] if image.ndim == 2 else image
     colour = {1: 0, 2: 4, 3: 2, 4: 6}[image.shape[2]]
     header = struct.pack(">IIBBBBB", image.shape[1], image.shape[0], 8 * image.itemsize, colour, 0, 0, interlaced)
@@ -58,8 +58,8 @@ def png(image: np.ndarray, interlaced: bool = False, chunks: bytes = b"") -> byt
         part = image[top::down, left::across]
         if part.size:
             rows += b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in part)
-    content = chunk(b"IHDR", header) + chunks + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + content
+    content = chunk(b"IHDR", header) + chunks + chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + content + behind + chunk(b"IEND", b"")
 
 
 def tiff16(image: np.ndarray) -> bytes:
@@ -204,6 +204,15 @@ def others() -> dict[str, bytes]:
     for orientation in range(1, 9):
         exif = with_orientation(orientation)
         forms[f"PNG orientation {orientation}"] = encoded(colour, "PNG", exif=exif)
+        raw = exif.tobytes()
+        if orientation in (3, 6):
+            profile = f"Raw profile type exif\0\nexif\n{len(raw):8}\n{raw.hex()}\n".encode()
+            forms[f"PNG orientation {orientation} behind"] = png(
+                image, behind=chunk(b"eXIf", raw.removeprefix(b"Exif\0\0"))
+            )
+            forms[f"PNG orientation {orientation} as text"] = png(image, chunks=chunk(b"tEXt", profile))
+            xmp = b"XML:com.adobe.xmp\0\0\0\0\0" + b'<x tiff:Orientation="%d"/>' % orientation
+            forms[f"PNG orientation {orientation} in XMP"] = png(image, chunks=chunk(b"iTXt", xmp))
         forms[f"WebP orientation {orientation}"] = encoded(colour, "WEBP", exif=exif)
         forms[f"TIFF orientation {orientation}"] = encoded(colour, "TIFF", exif=exif)
     return forms

@@ -217,6 +217,16 @@ def test_file_that_may_not_be_read_is_named(folder):
             os.seteuid(0)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes among its files")
+def test_pipe_or_device_named_like_a_picture_is_refused_and_not_waited_for(folder):
+    source = open_source(str(folder), "train")
+    for path, make in ((folder / "b.jpg", os.mkfifo), (folder / "c.jpg", lambda path: path.symlink_to("/dev/zero"))):
+        path.unlink()
+        make(path)
+        with pytest.raises(BadPicture, match=r"\.jpg: not a readable picture \(it is a pipe or a device\)"):
+            source.image(source.file_names().index(path.name))
+
+
 def test_file_that_is_longer_than_any_picture_is_not_read_to_its_end(folder):
     with open(folder / "b.jpg", "ab") as file:
         file.truncate(1 << 40)  # takes no room

@@ -33,7 +33,7 @@ def size_of(encoded: bytes, where: str) -> tuple[int, int]:
     """
     try:
         image = _opened(encoded, where)
-        turned = image.format != "TIFF" and _orientation(image) in _TURNED  # Pillow gives the upright size of a TIFF
+        turned = _may_be_turned(encoded, image.format) and _orientation(image) in _TURNED
     except Exception as error:
         raise _refused(encoded, where, error) from error
     return (image.width, image.height) if turned else (image.height, image.width)
@@ -101,21 +101,38 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
+def _may_be_turned(encoded: bytes, form: str) -> bool:
+    """Whether to ask for EXIF: Pillow gives the upright size of a TIFF, and decodes a PNG to look behind its pixels."""
+    if form != "PNG":
+        return form != "TIFF"
+    return any(
+        kind == b"eXIf" or encoded.startswith((b"Raw profile type exif\0", b"XML:com.adobe.xmp\0"), start)
+        for kind, start, _ in _chunks(encoded)
+    )
+
+
+def _chunks(png: bytes):
+    """(kind, start, end) of each chunk up to the last."""
+    at = 8
+    while at + 8 <= len(png):
+        kind, start = png[at + 4 : at + 8], at + 8
+        end = start + int.from_bytes(png[at : at + 4], "big")
+        yield kind, start, end
+        if kind == b"IEND":
+            return
+        at = end + 4
+
+
 def _check_sums(png: bytes) -> None:
     """Compares the check sums of the pixels, which Pillow leaves out.
 
     Raises:
       ValueError: one does not fit.
     """
-    view, at = memoryview(png), 8
-    while at + 8 <= len(png):
-        end = at + 8 + int.from_bytes(view[at : at + 4], "big")
-        kind = view[at + 4 : at + 8]
-        if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+    view = memoryview(png)
+    for kind, start, end in _chunks(png):
+        if kind == b"IDAT" and zlib.crc32(view[start - 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
             raise ValueError("cut off" if end + 4 > len(png) else "the check sum of its pixels is wrong")
-        if kind == b"IEND":
-            return
-        at = end + 4
 
 
 def _refused(encoded: bytes, where: str, error: Exception) -> DataError:

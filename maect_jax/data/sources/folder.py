@@ -2,14 +2,20 @@
 
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
 
-from maect_jax.data.host.decode import MAX_BYTES
+from maect_jax.data.host.limits import MAX_BYTES, unreadable
 from maect_jax.data.sources.base import Source
 from maect_jax.data.sources.names import file_facts, names_hash
 from maect_jax.errors import BadPicture
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting for somebody to write, where the file is a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 class FolderSource(Source):
@@ -29,13 +35,18 @@ class FolderSource(Source):
     where = path
 
     def read(self, index: int) -> tuple[bytes, int]:
+        path = self.path(index)
         try:
-            with open(self.path(index), "rb") as file:
-                encoded = file.read(MAX_BYTES + 1)  # longer ones are refused when they are opened
+            # without a buffer, which would be a second copy, and without a bound, for which room would be made
+            with open(path, "rb", buffering=0, opener=_open_at_once) as file:
+                facts = os.fstat(file.fileno())
+                if not stat.S_ISREG(facts.st_mode):
+                    raise unreadable(path, "it is a pipe or a device")
+                if facts.st_size > MAX_BYTES:
+                    raise BadPicture(path, f"more than {MAX_BYTES} bytes", "scale the picture down")
+                return file.read(), int(self.labels[index])
         except OSError as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-            raise BadPicture(self.path(index), f"not a readable picture ({reason})") from error
-        return encoded, int(self.labels[index])
+            raise unreadable(path, "no such file" if isinstance(error, FileNotFoundError) else str(error)) from error
 
     def digest(self) -> str:
         return f"{len(self)} pictures, names {names_hash(self.files)[:16]}"
