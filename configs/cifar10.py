@@ -4,7 +4,7 @@
     python launch.py --config=configs/cifar10.py:small …        a width-128 ViT, for a CPU
 
 `path/to/cifar10` holds train/<class>/*.png and test/<class>/*.png. Without it, the TFDS data set `cifar10` is taken,
-which must be prepared (TFDS needs TensorFlow for that, once).
+which `python -m maect_jax data prepare cifar10` prepares, once.
 """
 
 from ml_collections import ConfigDict

@@ -6,6 +6,9 @@ r"""MAE-CT ViT-H/14 on ImageNet-1k: 20 epochs of the head, 30 of tuning (aug: 40
 
 There is no MAE pre-training: the paper starts from the published MAE H/14 encoder.
 
+ImageNet is prepared once with `python -m maect_jax data prepare imagenet2012`, see docs/data.md; `doctor` tells whether
+the machine can feed the model.
+
 Published (MAE-CT, Lehner et al. 2023; ImageNet-1k top-1): MAE k-NN 58.9, linear 77.2; MAE-CT 79.1, 81.3;
 MAE-CT_aug 78.9, 82.0. This code's own run: not measured yet.
 """

@@ -6,6 +6,9 @@ r"""MAE-CT ViT-H/16 on ImageNet-1k: 800 epochs of two-view MAE, 20 of the head, 
 
 The second form starts from an MAE that is there already and costs about a seventh of the first (in FLOPs).
 
+ImageNet is prepared once with `python -m maect_jax data prepare imagenet2012`, see docs/data.md; `doctor` tells whether
+the machine can feed the model.
+
 Published (MAE-CT, Lehner et al. 2023; ImageNet-1k top-1): MAE k-NN 61.1, linear 78.0; MAE-CT 79.4, 81.5;
 MAE-CT_aug 79.8, 82.2. This code's own run: not measured yet.
 """

@@ -6,6 +6,9 @@ r"""MAE-CT ViT-L/16 on ImageNet-1k: 800 epochs of two-view MAE, 20 of the head, 
 
 The second form starts from an MAE that is there already and costs about an eighth of the first (in FLOPs).
 
+ImageNet is prepared once with `python -m maect_jax data prepare imagenet2012`, see docs/data.md; `doctor` tells whether
+the machine can feed the model.
+
 Published (MAE-CT, Lehner et al. 2023; ImageNet-1k top-1): MAE k-NN 60.6, linear 75.9; MAE-CT 78.0, 80.2;
 MAE-CT_aug 79.1, 81.5. This code's own run: not measured yet.
 """
