@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from runs import launch, make_pictures
 
 from maect_jax.results.record import read_records
+from runs import launch, make_pictures
 
 BROKEN = {"train/disc/003.png": b"", "test/bar/002.png": b"not a picture"}
 

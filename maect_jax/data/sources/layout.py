@@ -117,9 +117,8 @@ def _find_split(name: str, tree: Tree, split: str, classes: tuple[str, ...] | No
     if beside := tree.training_set():
         return _Split(tree, beside)
     # the same pictures as for training would be a test set that says nothing
-    raise DataError(
-        f"{key}: {name!r} has none of {', '.join(f'{s}/' for s in tests)}; add one of them, or name a test set of its own"
-    )
+    splits = ", ".join(f"{s}/" for s in tests)
+    raise DataError(f"{key}: {name!r} has none of {splits}; add one of them, or name a test set of its own")
 
 
 def as_trained(found: tuple[str, ...], classes: tuple[str, ...], where: str, key: str) -> np.ndarray:
