@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage
+from timm.data import auto_augment
 
 from maect_jax.data.device.randaugment import NOTHING, OPERATIONS, RandAugment, apply_operation, rand_augment
 from maect_jax.parallel.mesh import batch_sharding, make_mesh
@@ -77,7 +78,33 @@ def found_and_expected(picture: np.ndarray, name: str, levels=LEVELS) -> tuple[n
     return np.asarray(found, np.int32), np.asarray(expected, np.int32)
 
 
-# ---------------------------------------------------------------------------------------------------------- against PIL
+# ------------------------------------------------------------------------------------------------- against timm and PIL
+
+
+def timm_operation(picture: np.ndarray, name: str, level: float, sign: int) -> np.ndarray:
+    """timm's own operation of the increasing set, with the settings that fine-tuning gives it."""
+    name += {"Posterize": "Increasing", "Solarize": "Increasing"}.get(name, "")
+    name += "Increasing" if name in BLENDS else "Rel" if name.startswith("Translate") else ""
+    settings = {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC, "translate_const": 20}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto_augment.random, "random", lambda: 0.25 if sign > 0 else 0.75)  # above one half it negates
+        return np.asarray(auto_augment.AugmentOp(name, 1.0, level, settings)(Image.fromarray(picture)))
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_expected_pictures_of_these_tests_are_timms(pictures, name):
+    for picture in (pictures["smooth"], pictures["noise"]):
+        for level in LEVELS:
+            for sign in (1, -1):
+                expected = timm_operation(picture, name, level, sign)
+                np.testing.assert_array_equal(pil_operation(picture, name, level, sign), expected)
+
+
+def test_the_set_of_operations_is_timms():
+    config = auto_augment.rand_augment_transform("rand-m9-mstd0.5-inc1", {"img_mean": FILL})
+    assert [op.name.removesuffix("Increasing").removesuffix("Rel") for op in config.ops] == list(OPERATIONS)
+    assert {(op.prob, op.magnitude, op.magnitude_std) for op in config.ops} == {(0.5, 9, 0.5)}
+    assert (config.num_layers, config.choice_weights) == (RandAugment().operations, None)
 
 
 @pytest.mark.parametrize("name", ["Equalize", "Invert", "Posterize", "Solarize", "SolarizeAdd"])
