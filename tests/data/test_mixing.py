@@ -1,11 +1,16 @@
 """Random erasing, mixup, cutmix and soft labels: distributions, exact mixtures, and what they may depend on."""
 
+import random
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from scipy import special, stats
+from timm.data import mixup
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
 
 from maect_jax.data.device.mixing import mixup_cutmix, random_erasing, smooth_labels, soft_cross_entropy
 from maect_jax.parallel.mesh import batch_sharding, make_mesh
@@ -26,15 +31,11 @@ def boxes_of(changed_bhw: np.ndarray) -> np.ndarray:
     return np.asarray(sides)
 
 
-def sampled_boxes(n: int, height: int, width: int) -> np.ndarray:
-    """Independent draws of the box in NumPy: up to ten tries, smaller than the picture both ways; [drawn, 2]."""
-    rng = np.random.default_rng(0)
-    area = rng.uniform(0.02, 1 / 3, (n, 10)) * height * width
-    aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3), (n, 10)))
-    h, w = np.round(np.sqrt(area * aspect)), np.round(np.sqrt(area / aspect))
-    fits = (h < height) & (w < width)
-    first = fits.argmax(1)
-    return np.stack([h, w], -1)[np.arange(n), first][fits.any(1)]
+def timm_boxes(n: int, height: int, width: int) -> np.ndarray:
+    """Boxes that timm's random erasing cuts out of n pictures; [n, 2]."""
+    random.seed(0)
+    blank = torch.full((n, 1, height, width), 77.0)
+    return boxes_of((RandomErasing(1.0, mode="pixel", device="cpu")(blank) != 77.0).numpy()[:, 0])
 
 
 N, HEIGHT, WIDTH = 2048, 32, 24  # one shape for all of these tests: it compiles once
@@ -47,8 +48,8 @@ def erased():
     return keys, np.asarray(random_erasing(keys, jnp.full((N, HEIGHT, WIDTH, 3), 77.0), 1.0))
 
 
-def test_boxes_have_the_published_sizes(erased):
-    sides, expected = boxes_of((erased[1] != 77.0)[..., 0]), sampled_boxes(20000, HEIGHT, WIDTH)
+def test_boxes_have_the_sizes_of_timms(erased):
+    sides, expected = boxes_of((erased[1] != 77.0)[..., 0]), timm_boxes(4000, HEIGHT, WIDTH)
     for of in (lambda x: x[:, 0] * x[:, 1] / (HEIGHT * WIDTH), lambda x: np.log(x[:, 0] / x[:, 1])):
         assert stats.ks_2samp(of(sides), of(expected)).pvalue > 1e-3
     assert (sides.prod(1) / (HEIGHT * WIDTH)).mean() == pytest.approx(0.171, abs=0.015)
@@ -150,20 +151,41 @@ def test_half_of_the_batches_take_mixup_with_a_beta_share(drawn):
     assert stats.kstest(mixup, stats.beta(0.8, 0.8).cdf).pvalue > 1e-3
 
 
-def cut_shares(n: int, alpha: float, size: int) -> np.ndarray:
-    """Independent draws of cutmix's kept share in NumPy: a box cut off at the border of a picture of size x size."""
-    rng = np.random.default_rng(7)
-    half = (size * np.sqrt(1 - rng.beta(alpha, alpha, n))).astype(int) // 2
-    (top, bottom), (left, right) = (
-        (np.clip(centre - half, 0, size), np.clip(centre + half, 0, size)) for centre in rng.integers(0, size, (2, n))
-    )
-    return 1 - (bottom - top) * (right - left) / size**2
+def timm_shares(n: int, mixup: float, cutmix: float) -> np.ndarray:
+    """Kept shares of n batches of two pictures of 64 x 64 that timm mixes."""
+    np.random.seed(0)
+    mixer, batch = Mixup(mixup, cutmix, num_classes=2), torch.zeros(2, 1, 64, 64)
+    return np.asarray([mixer._mix_batch(batch) for _ in range(n)])
 
 
 def test_the_others_take_cutmix_with_the_share_outside_the_box(drawn):
-    expected = cut_shares(40000, 1.0, 64)
+    expected = timm_shares(6000, 0.0, 1.0)
     assert stats.ks_2samp(drawn[1], expected).pvalue > 1e-3
     assert drawn[1].mean() == pytest.approx(expected.mean(), abs=0.02)
+
+
+def test_shares_of_both_together_are_distributed_as_timms(drawn):
+    assert stats.ks_2samp(np.concatenate(drawn), timm_shares(6000, 0.8, 1.0)).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("cutmix", [False, True])
+def test_pictures_and_smoothed_targets_are_timms_for_the_same_share_and_box(batch, cutmix, monkeypatch):
+    images, labels = batch[0], np.arange(8)
+    targets = smooth_labels(jnp.asarray(labels), 8, 0.1)
+    alphas = (0.0, 1.0) if cutmix else (0.8, 0.0)
+    mixed, mixed_targets = mixup_cutmix(jax.random.key(2), images, targets, *alphas)
+    one_hot = mixup_cutmix(jax.random.key(2), *batch, *alphas)[1]
+    share = shares(np.asarray(one_hot))
+    pasted = (np.asarray(mixed) == images[::-1]).all((0, 3))
+    rows, columns = np.nonzero(pasted)
+    assert rows.any() == cutmix
+    box = (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) if cutmix else None
+    mixer = Mixup(*alphas, label_smoothing=0.1, num_classes=8)
+    monkeypatch.setattr(mixer, "_params_per_batch", lambda: (share, cutmix))
+    monkeypatch.setattr(mixup, "cutmix_bbox_and_lam", lambda *_, **__: (box, share))
+    expected, expected_targets = mixer(torch.tensor(np.moveaxis(images, 3, 1)), torch.tensor(labels))
+    np.testing.assert_allclose(np.moveaxis(np.asarray(mixed), 3, 1), expected, atol=1e-6)
+    np.testing.assert_allclose(mixed_targets, expected_targets, atol=1e-6)
 
 
 def test_without_both_nothing_is_mixed(batch):
