@@ -31,7 +31,7 @@ from maect_jax.data.sources.base import ArraySource, Source
 from maect_jax.data.sources.open import open_source
 from maect_jax.parallel.mesh import batch_sharding, make_mesh
 
-N, BATCH, STEPS, SIZE, SEED = 37, 16, 5, 24, 11  # two steps an epoch
+N, BATCH, STEPS, SIZE, SEED = 37, 16, 5, 32, 11  # two steps an epoch
 BROKEN = 20  # id of the picture that can not be read
 EVALUATED = 37  # pictures in batches of 16: the last one is padded
 LARGE = 4000  # pictures of a set whose epoch is longer than anything that is read ahead
@@ -47,7 +47,7 @@ def write_pictures(root: Path) -> None:
     for i in range(N):
         height, width = rng.integers(30, 260, 2)
         coarse = Image.fromarray(rng.integers(0, 256, (12, 9, 3), np.uint8))
-        for path, kind, size in (("streamed", "jpg", (int(width), int(height))), ("resident", "png", (28, 26))):
+        for path, kind, size in (("streamed", "jpg", (int(width), int(height))), ("resident", "png", (48, 40))):
             file = root / path / "train" / f"class{i // 10}" / f"{i:02}.{kind}"
             file.parent.mkdir(parents=True, exist_ok=True)
             coarse.resize(size, Image.Resampling.BICUBIC).save(file)
