@@ -15,6 +15,7 @@ import numpy as np
 import serving
 
 from maect_jax.data.batches.samples import Rows, TrainingChunks
+from maect_jax.data.batches.slots import room
 from maect_jax.data.batches.training import training_batches
 from maect_jax.data.host import counters, crops, decode
 from maect_jax.data.sources.open import open_source
@@ -28,13 +29,13 @@ def chunks(source):
     """The function of a loader, from batch to batch."""
     rows = Rows(np.arange(serving.BATCH), serving.BATCH)
     load = TrainingChunks(source, rows, SEED, VIEWS, serving.SIZE, serving.SCALE, serving.RATIO, "error")
-    place = 0
+    columns, place = room(load.layout()), 0
     while True:
-        columns, notes = load(place)
+        notes = load(place, columns)
         if notes.error:
             raise notes.error
         place += 1
-        yield len(columns["id"])
+        yield rows.chunk
 
 
 def pipeline(source, workers: int, size: int = serving.SIZE):
@@ -93,10 +94,12 @@ def profile(source, seconds: float) -> dict:
         for box, view in zip(boxes, out):
             crops.resized_crop(pixels, box, view)
 
+    columns = room(load.layout())
     until, place = time.perf_counter() + seconds, 0
     while time.perf_counter() < until:
         began = time.thread_time()
-        ids = load(place)[0]["id"].tolist()
+        load(place, columns)
+        ids = columns["id"][rows.of(place)[1]].tolist()
         parts.setdefault("whole", []).append((time.thread_time() - began) / len(ids))
         encoded = timed("read", lambda i: source.read(i)[0], ids)
         pictures = timed("header", lambda e: decode.open_picture(e, source.channels, ""), encoded)

@@ -1,12 +1,12 @@
 """How much faster pictures would load if they were packed smaller: some are, in memory, and both are timed."""
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from maect_jax.data.batches.samples import Rows, TrainingChunks
+from maect_jax.data.batches.slots import room
 from maect_jax.data.host.counters import epoch_order
 from maect_jax.data.packing.reencode import packed
 from maect_jax.data.sources.base import Source
@@ -45,17 +45,18 @@ def packed_gain(source: Source, config: ConfigDict, short_side: float, seconds: 
     if not before:
         return None
     loads = [_loading(pictures, source.channels, config) for pictures in (before, after)]
+    columns = room(loads[0].layout())
     times: list[list[float]] = [[], []]
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not times[1]:
         for load, taken in zip(loads, times):
             began = time.perf_counter()
-            load(len(taken))
+            load(len(taken), columns)
             taken.append(time.perf_counter() - began)
     return float(np.median(times[0]) / np.median(times[1]))
 
 
-def _loading(pictures: list[bytes], channels: int, config: ConfigDict) -> Callable[[int], object]:
+def _loading(pictures: list[bytes], channels: int, config: ConfigDict) -> TrainingChunks:
     n = len(pictures)
     return TrainingChunks(
         _InMemory(pictures, channels),

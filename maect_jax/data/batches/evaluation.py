@@ -56,7 +56,7 @@ class EvaluationBatches:
                 f"resize_ratio: {resize_ratio} would make pictures smaller than their crop; give 1 or more"
             )
         self.ids = subset_ids(len(source), limit)
-        self._source, self._batch, self._sharding, self._workers = source, batch, sharding, workers
+        self._batch, self._sharding, self._workers = batch, sharding, workers
         self._bad = bad or BadPictures("error")
         self._rows = Rows(local_rows(sharding, batch), batch)
         self._load = EvaluationChunks(source, self.ids, self._rows, image_size, resize_ratio, self._bad.policy)
@@ -68,7 +68,7 @@ class EvaluationBatches:
         def place(local):
             return to_devices(local, self._rows.rows, self._batch, self._sharding)
 
-        reader = Reader(self._load, self._rows, (0, len(self)), self._workers, place, self._source, self._bad)
+        reader = Reader(self._load, (0, len(self)), self._workers, place, self._bad)
         try:
             yield from reader
         finally:

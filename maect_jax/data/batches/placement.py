@@ -37,12 +37,17 @@ def place(sharding: NamedSharding, shape: tuple[int, ...], rows: Callable[[int, 
 def to_devices(
     local: dict[str, np.ndarray], rows: np.ndarray, batch: int, sharding: NamedSharding
 ) -> dict[str, jax.Array]:
-    """Global arrays [batch, …] of this host's `local` rows; `rows` as from `local_rows`."""
+    """Global arrays [batch, …] of this host's `local` rows, which may be overwritten once they are ready.
+
+    `rows` as from `local_rows`.
+    """
+    shared = sharding.mesh.devices.flat[0].platform == "cpu"  # there JAX may take the memory of an array as its own
 
     def slicing(array):
         def take(start, stop):
             first = int(np.searchsorted(rows, start))
-            return array[first : first + stop - start]
+            part = array[first : first + stop - start]
+            return part.copy() if shared else part
 
         return take
 

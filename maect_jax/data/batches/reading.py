@@ -1,5 +1,9 @@
-"""Chunks ahead of time: Grain loads them in threads or processes, one thread assembles batches and places them."""
+"""Batches ahead of time: Grain has threads or processes load chunks, one thread puts whole batches on the devices."""
 
+import functools
+import itertools
+import multiprocessing
+import os
 import queue
 import threading
 import time
@@ -8,13 +12,12 @@ from dataclasses import dataclass
 
 import grain
 import jax
-import numpy as np
 from absl import flags
 
 from maect_jax.data.batches.bad import BadPictures
-from maect_jax.data.batches.samples import Columns, Notes, Rows
+from maect_jax.data.batches.samples import EvaluationChunks, Notes, Rows, TrainingChunks
+from maect_jax.data.batches.slots import Columns, Slots
 from maect_jax.data.host.decode import threads
-from maect_jax.data.sources.base import Source
 
 AHEAD = 2  # batches that are ready on the devices
 
@@ -61,12 +64,11 @@ class Reader:
     """Iterator over this host's batches on the devices, a few of them ready.
 
     Args:
-      load: place in the stream -> (columns, notes) of a chunk, see `samples`; runs in loader threads or processes.
-      rows: of a batch that this host loads.
+      load: `samples.TrainingChunks` or `EvaluationChunks`; runs in loader threads or processes.
       steps: range of steps to read; `stop` 0 = for ever.
       workers: processes; 0 = threads of this one.
-      place: local arrays -> arrays on the devices.
-      source, bad: what is done about pictures that can not be used.
+      place: local arrays, which are overwritten later -> arrays on the devices.
+      bad: what is done about pictures that can not be used.
 
     Raises (while iterating):
       DataError: a chunk ended in an error, or too many pictures are bad.
@@ -74,17 +76,17 @@ class Reader:
 
     def __init__(
         self,
-        load: Callable[[int], tuple[Columns, Notes]],
-        rows: Rows,
+        load: TrainingChunks | EvaluationChunks,
         steps: tuple[int, int],
         workers: int,
         place: Callable[[Columns], dict[str, jax.Array]],
-        source: Source,
         bad: BadPictures,
     ):
         self.telemetry = Telemetry()
-        self._rows, self._place, self._source, self._bad = rows, place, source, bad
-        self._chunks = _read_ahead(load, rows, *steps, workers)
+        self._rows, self._place, self._source, self._bad = load.rows, place, load.source, bad
+        self._first = steps[0]
+        self._slots = Slots(load.layout(), self._first)
+        self._chunks = _read_ahead(_Writer(load, self._slots), load.rows, *steps, workers)
         self._queue: queue.Queue = queue.Queue(AHEAD)
         self._stopped = threading.Event()
         self._ended = False
@@ -111,15 +113,23 @@ class Reader:
         """Stops the loader threads and processes."""
         self._ended = True
         self._stopped.set()
+        self._slots.stop()
         while not self._queue.empty():  # the thread may be waiting to put one
             self._queue.get()
         self._thread.join()
         self._chunks.close()
+        self._slots.close()
 
     def _fill(self) -> None:
         try:
-            while not self._stopped.is_set():
-                self._put(self._place(self._assemble()))
+            for step in itertools.count(self._first):
+                self._load(step)
+                batch = self._place(self._slots.batch(step))
+                jax.block_until_ready(batch)  # then its slot may be written again
+                self._slots.free(step)
+                self._put(batch)
+                if self._stopped.is_set():
+                    return
         except BaseException as error:  # StopIteration among them
             self._put(error)
 
@@ -130,27 +140,47 @@ class Reader:
             except queue.Full:
                 continue
 
-    def _assemble(self) -> Columns:
-        """The next batch of this host: the one copy between a loader and the devices."""
-        columns: Columns = {}
-        telemetry, size = self.telemetry, self._rows.chunk
-        for part in range(self._rows.chunks):
-            chunk, notes = next(self._chunks)
+    def _load(self, step: int) -> None:
+        """Returns when all of this host's rows of a step are in their slot."""
+        telemetry = self.telemetry
+        for _ in range(self._rows.chunks):
+            notes = next(self._chunks)
             self._bad.note(self._source, notes.bad)
             if notes.error is not None:
                 raise notes.error
-            for key, array in chunk.items():
-                if key not in columns:
-                    columns[key] = np.empty((len(self._rows.rows), *array.shape[1:]), array.dtype)
-                columns[key][part * size : (part + 1) * size] = np.asarray(array)
-            telemetry.pictures += size
+            telemetry.pictures += self._rows.chunk
             telemetry.bytes += notes.bytes
             telemetry.load_seconds += notes.seconds
-        return columns
 
 
-def _read_ahead(load: Callable[[int], tuple[Columns, Notes]], rows: Rows, start: int, stop: int, workers: int):
-    """Grain's iterator over the chunks of steps `start` to `stop`, in their order whatever the workers."""
+@dataclass(frozen=True)
+class _Writer:
+    """Place in the stream -> the notes on the chunk, which is written where it belongs. Runs in the loaders."""
+
+    load: TrainingChunks | EvaluationChunks
+    slots: Slots
+
+    def __call__(self, place: int) -> Notes:
+        _end_with_parent()
+        step, _ = self.load.rows.of(place)
+        return self.load(place, self.slots.batch(step)) if self.slots.wait(step) else Notes()
+
+
+@functools.cache
+def _end_with_parent() -> None:
+    """A main process that was killed can not stop its loaders, and they would wait for it for ever."""
+    if (parent := multiprocessing.parent_process()) is None:
+        return
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _read_ahead(load: _Writer, rows: Rows, start: int, stop: int, workers: int):
+    """Grain's iterator over the notes on the chunks of steps `start` to `stop`, in their order whatever the workers."""
     stop = stop or 2**40 // rows.chunks
     chunks = grain.MapDataset.range(start * rows.chunks, stop * rows.chunks).map(load)
     if not workers:

@@ -1,4 +1,4 @@
-"""What a loader does: a place in a host's stream of chunks -> the pictures of that chunk, as arrays.
+"""What a loader does: the pictures of one place in a host's stream of chunks, written to where they belong in a batch.
 
 A chunk is some rows of one batch that one thread or process loads: fine enough to spread a batch over all of them,
 coarse enough that handing it over costs little. What it holds is a function of (seed, place) alone.
@@ -9,9 +9,11 @@ No JAX here: it is what loader processes run.
 import hashlib
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
+from maect_jax.data.batches.slots import Column, Columns
 from maect_jax.data.host import counters
 from maect_jax.data.host.crops import central_crop, training_crops
 from maect_jax.data.host.decode import decode, open_picture
@@ -30,9 +32,6 @@ class Bad:
     where: str
     reason: str
     replaced_by: int
-
-
-Columns = dict[str, np.ndarray]  # some rows of a batch: arrays whose axis 0 are the rows
 
 
 @dataclass
@@ -74,10 +73,10 @@ class Rows:
         """Chunks in a batch."""
         return len(self.rows) // self.chunk
 
-    def of(self, place: int) -> tuple[int, np.ndarray]:
-        """(step, rows of the global batch) of the chunk at `place` in the stream."""
+    def of(self, place: int) -> tuple[int, range]:
+        """(step, which of the host's rows of that step) of the chunk at `place` in the stream."""
         step, part = divmod(place, self.chunks)
-        return step, self.rows[part * self.chunk : (part + 1) * self.chunk]
+        return step, range(part * self.chunk, (part + 1) * self.chunk)
 
 
 @dataclass(frozen=True)
@@ -97,29 +96,31 @@ class TrainingChunks:
     crop_ratio: tuple[float, float]
     bad: str
 
-    def __call__(self, place: int) -> tuple[Columns, Notes]:
+    def layout(self) -> dict[str, Column]:
+        """What a host's batch holds."""
+        n, size = len(self.rows.rows), self.image_size
+        image = Column((n, self.views, size, size, self.source.channels), "uint8")
+        return {"image": image, "id": Column((n,), "int32"), "label": Column((n,), "int32")}
+
+    def __call__(self, place: int, columns: Columns) -> Notes:
+        """Writes the chunk at `place` into its rows of a batch of this `layout`."""
         step, rows = self.rows.of(place)
         n = len(self.source)
-        ids = counters.step_ids(self.seed, step, self.rows.batch, n)[rows]
+        ids = counters.step_ids(self.seed, step, self.rows.batch, n)[self.rows.rows]
         epoch = step // (n // self.rows.batch)
-        size, channels = self.image_size, self.source.channels
-        columns = {
-            "image": np.empty((len(rows), self.views, size, size, channels), np.uint8),
-            "id": np.empty(len(rows), np.int32),
-            "label": np.empty(len(rows), np.int32),
-        }
         notes = Notes()
         began = time.perf_counter()
         try:
-            for row, sample_id in enumerate(ids.tolist()):
-                found = usable(self.source, sample_id, self.bad, notes.bad, lambda i: self._crops(i, epoch, notes))
-                columns["image"][row], columns["id"][row], columns["label"][row] = found
+            for row in rows:
+                load = partial(self._crops, out=columns["image"][row], epoch=epoch, notes=notes)
+                found = usable(self.source, int(ids[row]), self.bad, notes.bad, load)
+                columns["id"][row], columns["label"][row] = found
         except MaectError as error:
             notes.error = error
         notes.seconds = time.perf_counter() - began
-        return columns, notes
+        return notes
 
-    def _crops(self, sample_id: int, epoch: int, notes: Notes) -> tuple[np.ndarray, int, int]:
+    def _crops(self, sample_id: int, out: np.ndarray, epoch: int, notes: Notes) -> tuple[int, int]:
         encoded, label = self.source.read(sample_id)
         where = self.source.where(sample_id)
         notes.bytes += len(encoded) if isinstance(encoded, bytes) else encoded.nbytes
@@ -137,7 +138,8 @@ class TrainingChunks:
             )
             for view in range(self.views)
         ]
-        return training_crops(picture, boxes, self.image_size), sample_id, label
+        training_crops(picture, boxes, self.image_size, out)
+        return sample_id, label
 
 
 def usable(source: Source, sample_id: int, policy: str, bad: list[Bad], load):
@@ -170,6 +172,9 @@ def usable(source: Source, sample_id: int, policy: str, bad: list[Bad], load):
     raise DataError(f"{len(failed)} pictures in a row can not be used, the last is {failed[-1][1]}")
 
 
+_NOTHING = {"image": 0, "content": 0, "id": -1, "label": -1, "valid": False}
+
+
 @dataclass(frozen=True)
 class EvaluationChunks:
     """Central crops: 'image' uint8 [rows, size, size, c], 'id', 'label', 'content' (uint32 [rows, 2]) and 'valid'.
@@ -185,26 +190,29 @@ class EvaluationChunks:
     resize_ratio: float
     bad: str
 
-    def __call__(self, place: int) -> tuple[Columns, Notes]:
+    def layout(self) -> dict[str, Column]:
+        """What a host's batch holds."""
+        n, size = len(self.rows.rows), self.image_size
+        numbers = {"content": Column((n, 2), "uint32"), "id": Column((n,), "int32"), "label": Column((n,), "int32")}
+        image = Column((n, size, size, self.source.channels), "uint8")
+        return {"image": image, "valid": Column((n,), "bool")} | numbers
+
+    def __call__(self, place: int, columns: Columns) -> Notes:
+        """Writes the chunk at `place` into its rows of a batch of this `layout`."""
         step, rows = self.rows.of(place)
-        size, n = self.image_size, len(rows)
-        columns = {
-            "image": np.zeros((n, size, size, self.source.channels), np.uint8),
-            "content": np.zeros((n, 2), np.uint32),
-            "id": np.full(n, -1, np.int32),
-            "label": np.full(n, -1, np.int32),
-            "valid": np.zeros(n, bool),
-        }
         notes = Notes()
         began = time.perf_counter()
         try:
-            for row, position in enumerate((step * self.rows.batch + rows).tolist()):
+            for row in rows:
+                for name, nothing in _NOTHING.items():
+                    columns[name][row] = nothing
+                position = step * self.rows.batch + int(self.rows.rows[row])
                 if position < len(self.ids):
                     self._load(int(self.ids[position]), row, columns, notes)
         except MaectError as error:
             notes.error = error
         notes.seconds = time.perf_counter() - began
-        return columns, notes
+        return notes
 
     def _load(self, sample_id: int, row: int, columns: Columns, notes: Notes) -> None:
         try:

@@ -38,7 +38,7 @@ class StreamedBatches(Reader):
         def place(local):
             return to_devices(local, rows.rows, rows.batch, sharding)
 
-        super().__init__(load, rows, (start_step, 0), workers, place, load.source, bad)
+        super().__init__(load, (start_step, 0), workers, place, bad)
 
 
 def training_batches(

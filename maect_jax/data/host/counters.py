@@ -6,6 +6,7 @@ No JAX in this file: loader processes run it.
 
 import functools
 import math
+import threading
 
 import numpy as np
 
@@ -25,8 +26,23 @@ def random_words(seed: int, purpose: int, counter: tuple[int, int, int], n: int)
       counter: three ints >= 0, for instance (epoch, sample id, view).
       n: how many words.
     """
-    key = np.array([seed & 0xFFFFFFFFFFFFFFFF, purpose], np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, *counter], np.uint64)).random_raw(n)
+    return _generator(seed, purpose, counter).random_raw(n)
+
+
+_THREAD = threading.local()
+
+
+def _generator(seed: int, purpose: int, counter: tuple[int, int, int]) -> np.random.Philox:
+    """This thread's generator, set to the start of (seed, purpose, counter): making one takes three times as long."""
+    if not hasattr(_THREAD, "generator"):
+        _THREAD.generator = np.random.Philox(key=0)
+        _THREAD.state = _THREAD.generator.state
+    generator, state = _THREAD.generator, _THREAD.state
+    state["state"]["key"][:] = seed & 0xFFFFFFFFFFFFFFFF, purpose
+    state["state"]["counter"][:] = 0, *counter
+    state["buffer_pos"] = 4  # of 4: no word of an earlier counter is left
+    generator.state = state
+    return generator
 
 
 @functools.lru_cache(maxsize=4)
@@ -84,10 +100,10 @@ def crop_box(
 
     Source: torchvision's RandomResizedCrop (Szegedy et al. 2015, section 6).
     """
-    words = random_words(seed, CROP, (epoch, sample_id, view), 40)
-    uniform = ((words >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(10, 4)
+    generator = _generator(seed, CROP, (epoch, sample_id, view))
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    for area_share, log_position, from_top, from_left in uniform.tolist():
+    for _ in range(10):
+        area_share, log_position, from_top, from_left = ((x >> 11) * 2.0**-53 for x in generator.random_raw(4).tolist())
         area = height * width * (scale[0] + area_share * (scale[1] - scale[0]))
         aspect = math.exp(low + log_position * (high - low))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

@@ -35,13 +35,14 @@ def reduction_for(boxes: list[Box], size: int) -> int:
     return next((r for r in (8, 4, 2) if smallest >= r * REDUCED * size), 1)
 
 
-def training_crops(picture: Picture, boxes: list[Box], size: int) -> np.ndarray:
+def training_crops(picture: Picture, boxes: list[Box], size: int, out_vssc: np.ndarray | None = None) -> np.ndarray:
     """The boxes of one picture, from one decode, each resized to size x size.
 
     Args:
       picture: its header.
       boxes: one a view.
       size: of the results, pixels.
+      out_vssc: contiguous array that they are written to; None = a new one.
 
     Returns:
       uint8 [views, size, size, channels].
@@ -49,19 +50,20 @@ def training_crops(picture: Picture, boxes: list[Box], size: int) -> np.ndarray:
     Raises:
       BadPicture: it can not be decoded.
     """
-    crops = np.empty((len(boxes), size, size, picture.channels), np.uint8)
+    if out_vssc is None:
+        out_vssc = np.empty((len(boxes), size, size, picture.channels), np.uint8)
     if picture.kind != "jpeg":
         image = picture.pixels()
-        for crop, box in zip(crops, boxes):
+        for crop, box in zip(out_vssc, boxes):
             resized_crop(image, box, crop)
-        return crops
+        return out_vssc
     reduction = reduction_for(boxes, size)
     image, upright = picture.stored(reduction), (picture.height, picture.width)
-    for crop, box in zip(crops, boxes):
+    for crop, box in zip(out_vssc, boxes):
         resized_crop(image, stored_box(box, upright, picture.orientation), crop, reduction)
         if picture.orientation != 1:
             crop[:] = turned(crop, picture.orientation).copy()
-    return crops
+    return out_vssc
 
 
 def resized_crop(image_hwc: np.ndarray, box: Box, out_ssc: np.ndarray, reduction: int = 1) -> None:
@@ -91,8 +93,10 @@ def resized_crop(image_hwc: np.ndarray, box: Box, out_ssc: np.ndarray, reduction
     kind = _PIXELS[image_hwc.shape[2]]
     source = ImageData(cut.shape[1], cut.shape[0], kind, cut.tobytes())
     target = ImageData(size, size, kind)
-    options = _BICUBIC.copy()
-    options.crop_box = CropBox(*inner)
+    options = _BICUBIC
+    if reduction > 1:
+        options = _BICUBIC.copy()
+        options.crop_box = CropBox(*inner)
     Resizer().resize(source, target, options)
     out_ssc[:] = np.frombuffer(target.get_buffer(), np.uint8).reshape(out_ssc.shape)
 
