@@ -76,7 +76,8 @@ class BadPictures:
 
     def _write(self, source: Source, picture: Bad) -> None:
         what = "is left out" if picture.replaced_by < 0 else f"is replaced by {source.where(picture.replaced_by)}"
-        _LOG.warning("bad picture %s (%s) %s", picture.where, picture.reason, what)
+        text = f"bad picture {picture.where} ({picture.reason}) {what}"
+        _LOG.warning(text.encode(errors="backslashreplace").decode())  # names of files need not be text
         if self.path is None:
             return
         line = {
