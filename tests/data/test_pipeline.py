@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from maect_jax.data.batches.evaluation import EvaluationBatches
+from maect_jax.data.batches.slots import Slots
 from maect_jax.data.batches.training import ASPECT, training_batches
 from maect_jax.data.host.counters import crop_box, epoch_order
 from maect_jax.data.sources.base import ArraySource
@@ -242,3 +243,24 @@ def test_evaluation_is_the_same_on_any_number_of_devices(source, sharding):
 def test_a_batch_that_does_not_divide_over_the_devices_is_told():
     with pytest.raises(ConfigError, match="batch: 6 does not divide over the 8 devices; set it to a multiple"):
         batches(in_memory(), batch_sharding(make_mesh()), 1, batch=6)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_that_is_left_early_closes_its_files_once(source, sharding, workers, monkeypatch):
+    closed = []
+    close = Slots.close
+    monkeypatch.setattr(Slots, "close", lambda self: (closed.append(self), close(self)))
+    batches = iter(EvaluationBatches(source, batch=4, image_size=8, sharding=sharding, workers=workers))
+    next(batches)
+    batches.close()
+    assert len(closed) == 1
+
+
+def test_a_loader_may_be_closed_twice(source, sharding):
+    loader = training_batches(source, batch=4, seed=0, start_step=0, views=1, image_size=8, crop_scale=SCALE,
+                              sharding=sharding, resident_limit=0)  # fmt: skip
+    next(loader)
+    loader.close()
+    loader.close()
+    with pytest.raises(StopIteration):
+        next(loader)

@@ -15,6 +15,7 @@ from etils import epath
 
 from maect_jax.data.batches.samples import Bad
 from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.names import shown
 from maect_jax.errors import DataError
 
 _LOG = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class BadPictures:
             share, last = len(seen) / len(source), bad[-1]
             raise DataError(
                 f"data: {len(seen)} of {len(source)} pictures of {source.name!r} can not be used: {100 * share:.3g} %, "
-                f"more than {100 * self.limit:g} %; the last is {last.where}: {last.reason}. "
+                f"more than {100 * self.limit:g} %; the last is {shown(last.where)}: {shown(last.reason)}. "
                 + (f"All that were met are in {self.path}. " if self.path else "")
                 + f"Replace them or take them out (`python -m maect_jax data verify {source.name}` lists every one), "
                 f"or allow them with data.bad_limit={math.ceil(1000 * share) / 1000:g} (now {self.limit:g})"
@@ -75,9 +76,9 @@ class BadPictures:
         return len(self._where.get(id(source), (source, ()))[1])
 
     def _write(self, source: Source, picture: Bad) -> None:
-        what = "is left out" if picture.replaced_by < 0 else f"is replaced by {source.where(picture.replaced_by)}"
-        text = f"bad picture {picture.where} ({picture.reason}) {what}"
-        _LOG.warning(text.encode(errors="backslashreplace").decode())  # names of files need not be text
+        taken = picture.replaced_by
+        what = "is left out" if taken < 0 else f"is replaced by {shown(source.where(taken))}"
+        _LOG.warning("bad picture %s (%s) %s", shown(picture.where), shown(picture.reason), what)
         if self.path is None:
             return
         line = {

@@ -110,7 +110,9 @@ class Reader:
         return batch
 
     def close(self) -> None:
-        """Stops the loader threads and processes."""
+        """Stops the loader threads and processes; a second time it does nothing."""
+        if self._stopped.is_set():
+            return
         self._ended = True
         self._stopped.set()
         self._slots.stop()

@@ -54,7 +54,11 @@ class FolderSource(Source):
     def fingerprint(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self.labels))
         for index, name in enumerate(self.files):
-            digest.update(f"{name}\0{file_facts(self.path(index))}\n".encode(errors="surrogateescape"))
+            try:
+                facts = file_facts(self.path(index))
+            except OSError as error:  # it is gone, or a link to nowhere: a bad picture, no reason to stop
+                facts = f"none {error.errno}"
+            digest.update(f"{name}\0{facts}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def file_names(self) -> list[str]:
