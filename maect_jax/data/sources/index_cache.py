@@ -14,7 +14,7 @@ from maect_jax.data.sources.kept import Arrays, cache_folder, kept
 from maect_jax.data.sources.names import file_facts
 
 LARGE = 1 << 24  # bytes of an archive from which on its list is kept
-_VERSION = 1
+_VERSION = 2
 
 Table = tuple[list[str], np.ndarray]  # names, and for each a row of numbers, int64 [n, columns]
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.names import shown
 from maect_jax.errors import DataError
 
 _LOG = logging.getLogger(__name__)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".npy")
+EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".npy")
+UNREAD = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".svg", ".raw", ".dng", ".cr2", ".nef")
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
 MAX_CLASSES = 1_000_000
 
@@ -18,6 +20,11 @@ MAX_CLASSES = 1_000_000
 def is_picture(name: str) -> bool:
     """Whether a file of that name, without its folder, is taken for a picture."""
     return not name.startswith(".") and name.lower().endswith(EXTENSIONS)
+
+
+def is_unread(name: str) -> bool:
+    """Whether a file of that name, without its folder, is a picture of a kind that is not read."""
+    return not name.startswith(".") and name.lower().endswith(UNREAD)
 
 
 class Tree:
@@ -43,6 +50,10 @@ class Tree:
 
     def folder(self, name: str) -> "Tree | None":
         """One of its folders, where there is one of that name."""
+        raise NotImplementedError
+
+    def unread(self) -> list[str]:
+        """Names of pictures of kinds that are not read, among all that `loose` and `below` have looked at; sorted."""
         raise NotImplementedError
 
     def training_set(self) -> "Tree | None":
@@ -74,7 +85,13 @@ def open_tree(name: str, tree: Tree, split: str, channels: int, classes: tuple[s
     found = _find_split(name, tree, split, classes, key)
     root = found.root
     folders, loose = root.folders(), root.loose()
-    if not folders or (loose and not any(root.below(folder) for folder in folders)):
+    below = {folder: root.below(folder) for folder in folders}
+    if unread := root.unread():
+        message = (
+            "%s: %d pictures of %s are left out, since their kind is not read; the first is %s; convert them to JPEG"
+        )
+        _LOG.warning(message, key, len(unread), shown(root.path), shown(unread[0]))
+    if not folders or (loose and not any(below.values())):
         if not loose:
             root.explain_empty()
             kinds = ", ".join(e[1:] for e in EXTENSIONS)
@@ -92,7 +109,7 @@ def open_tree(name: str, tree: Tree, split: str, channels: int, classes: tuple[s
     check_several(classes, root.path, key)
     handles, labels = [], []
     for folder, label in zip(folders, labels_of.tolist()):
-        pictures = root.below(folder)
+        pictures = below[folder]
         if not pictures and split == "train":
             raise DataError(f"{key}: class folder {f'{root.path}/{folder}'!r} holds no pictures; fill or remove it")
         handles += pictures

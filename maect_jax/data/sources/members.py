@@ -19,7 +19,7 @@ import numpy as np
 from maect_jax.data.host.decode import MAX_BYTES
 from maect_jax.data.sources import tar
 from maect_jax.data.sources.index_cache import Table, cached
-from maect_jax.data.sources.layout import is_picture
+from maect_jax.data.sources.layout import is_picture, is_unread
 from maect_jax.data.sources.names import HIDDEN, shown
 from maect_jax.errors import BadPicture, DataError
 
@@ -47,6 +47,7 @@ class Members:
       size: bytes of the picture, int64 [n].
       method: PLAIN, STORED or DEFLATED, uint8 [n].
       checksum: CRC-32 of the picture, in a zip, uint32 [n].
+      unread: paths of pictures of kinds that are not read, sorted; of the archive as it is listed, no rows.
     """
 
     names: list[str]
@@ -55,6 +56,7 @@ class Members:
     size: np.ndarray
     method: np.ndarray
     checksum: np.ndarray
+    unread: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -74,15 +76,15 @@ def index(path: Path) -> Members:
         leaves the archive, or archives in it instead of pictures.
     """
     try:
-        return _zip_index(path) if path.name.lower().endswith(".zip") else in_tar(*cached(path, "tar", 2, _tar_table))
+        return _zip_index(path) if path.name.lower().endswith(".zip") else _tar_index(path)
     except OSError as error:
         raise DataError(f"{path}: can not be read ({error})") from error
 
 
-def in_tar(names: list[str], numbers: np.ndarray) -> Members:
+def in_tar(names: list[str], numbers: np.ndarray, unread: tuple[str, ...] = ()) -> Members:
     """Members of a tar from names and int64 [n, 2 or more]: offset, size."""
     n, size = len(names), numbers[:, 1]
-    return Members(names, numbers[:, 0], size, size, np.full(n, PLAIN, np.uint8), np.zeros(n, np.uint32))
+    return Members(names, numbers[:, 0], size, size, np.full(n, PLAIN, np.uint8), np.zeros(n, np.uint32), unread)
 
 
 def refuse_compressed(path: Path) -> None:
@@ -108,7 +110,16 @@ def inside(name: str, path: Path) -> str | None:
 # -------------------------------------------------------------------------------------------------------------- lists
 
 
+def _tar_index(path: Path) -> Members:
+    names, numbers = cached(path, "tar", 2, _tar_table)
+    pictures = len(names)
+    while pictures and is_unread(names[pictures - 1].rpartition("/")[2]):
+        pictures -= 1
+    return in_tar(names[:pictures], numbers[:pictures], tuple(names[pictures:]))
+
+
 def _tar_table(path: Path) -> Table:
+    """Offset and size of the pictures; after them the names of those of kinds that are not read, with zeros."""
     found: dict[str, tuple[int, int]] = {}
     names = _Names(path)
     for name, offset, size in tar.entries(path):
@@ -116,7 +127,8 @@ def _tar_table(path: Path) -> Table:
             found[picture] = offset, size  # of several with one name the last, as when it is unpacked
     names.check(len(found))
     ordered = sorted(found)
-    return ordered, np.array([found[name] for name in ordered], np.int64).reshape(-1, 2)
+    numbers = [found[name] for name in ordered] + [(0, 0)] * len(names.unread)
+    return ordered + sorted(names.unread), np.array(numbers, np.int64).reshape(-1, 2)
 
 
 class _Names:
@@ -124,6 +136,7 @@ class _Names:
 
     def __init__(self, path: Path):
         self._path, self._links, self._archive = path, 0, ""
+        self.unread: set[str] = set()
 
     def picture(self, name: str, link: bool) -> str | None:
         """The name of a picture inside the archive, None for anything else."""
@@ -131,6 +144,8 @@ class _Names:
         if name is None or not is_picture(name.rpartition("/")[2]):
             if name and name.lower().endswith(ARCHIVES + _COMPRESSED):
                 self._archive = self._archive or name
+            elif name and is_unread(name.rpartition("/")[2]):
+                self.unread.add(name)
             return None
         self._links += link
         return None if link else name
@@ -193,6 +208,7 @@ def _zip_index(path: Path) -> Members:
         column((min(i.file_size, 1 << 62) for i in infos), np.int64),
         column((_METHODS[i.compress_type] for i in infos), np.uint8),
         column((i.CRC for i in infos), np.uint32),
+        tuple(sorted(names.unread)),
     )
 
 

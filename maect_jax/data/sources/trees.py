@@ -10,7 +10,7 @@ from pathlib import Path
 from maect_jax.data.host.decode import threads
 from maect_jax.data.sources.archives import ArchiveSource, Part
 from maect_jax.data.sources.folder import FolderSource
-from maect_jax.data.sources.layout import SPLIT_FOLDERS, Tree, is_picture
+from maect_jax.data.sources.layout import SPLIT_FOLDERS, Tree, is_picture, is_unread
 from maect_jax.data.sources.members import ARCHIVES, Members, index, refuse_compressed
 from maect_jax.data.sources.names import HIDDEN
 from maect_jax.errors import DataError
@@ -60,12 +60,13 @@ class FolderTree(Tree):
 
     def __init__(self, path: Path):
         self.path, self._path = str(path), path
+        self._unread: set[str] = set()
 
     def folders(self) -> list[str]:
         return sorted(e.name for e in os.scandir(self._path) if e.is_dir() and not e.name.startswith(HIDDEN))
 
     def loose(self) -> list[str]:
-        return sorted(e.name for e in os.scandir(self._path) if e.is_file() and is_picture(e.name))
+        return sorted(self._pictures([e.name for e in os.scandir(self._path) if e.is_file()]))
 
     def below(self, folder: str) -> list[str]:
         """Relative paths, sorted; nested folders and links are followed, once each."""
@@ -75,8 +76,16 @@ class FolderTree(Tree):
             subfolders[:] = [] if real in seen else [s for s in subfolders if not s.startswith(".")]
             files = [] if real in seen else files
             seen.add(real)
-            found += [os.path.relpath(os.path.join(at, f), self._path) for f in files if is_picture(f)]
+            found += self._pictures(files, os.path.relpath(at, self._path))
         return sorted(found)
+
+    def _pictures(self, files: list[str], folder: str = "") -> list[str]:
+        """Relative paths of the pictures among the files of a folder; those of kinds that are not read are noted."""
+        self._unread.update(os.path.join(folder, f) for f in files if is_unread(f))
+        return [os.path.join(folder, f) for f in files if is_picture(f)]
+
+    def unread(self) -> list[str]:
+        return sorted(self._unread)
 
     def folder(self, name: str) -> Tree | None:
         return tree_at(self._path / name)
@@ -116,6 +125,9 @@ class ClassArchives(FolderTree):
     def below(self, folder: str) -> list[tuple[str, int]]:
         return [(folder, row) for row in range(len(self._members[folder]))]
 
+    def unread(self) -> list[str]:
+        return [f"{stem}/{name}" for stem, members in self._members.items() for name in members.unread]
+
     def source(self, name, handles, labels, classes, channels) -> ArchiveSource:
         parts = []
         for stem, several in groupby(handles, lambda handle: handle[0]):
@@ -145,6 +157,9 @@ class ArchiveTree(Tree):
 
     def below(self, folder: str) -> list[int]:
         return self._folders[folder]
+
+    def unread(self) -> list[str]:
+        return [name for name in self._members.unread if name.startswith(self._inside)]
 
     def folder(self, name: str) -> "ArchiveTree | None":
         rows = self._folders.get(name)
