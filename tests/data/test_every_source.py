@@ -12,9 +12,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from packs import packed
 from PIL import Image
 from real_pictures import ARCHIVES, SIDES, first_pictures
+from tfds_sets import write_tfds
 
 from maect_jax.data.batches.training import training_batches
 from maect_jax.data.sources.open import open_source
+from maect_jax.data.sources.subset import SubsetSource
 
 CLASSES, EACH = 6, 10
 BATCH = 8
@@ -88,6 +90,31 @@ def test_every_form_gives_the_same_pictures_and_batches(form, pictures, sharding
         np.testing.assert_array_equal(ours["image"], theirs["image"])
         if form in LABELLED:
             np.testing.assert_array_equal(ours["label"], theirs["label"])
+
+
+def test_tfds_gives_the_same_pictures_and_in_the_same_order_the_same_batches(
+    pictures, sharding, from_folder, tmp_path, monkeypatch
+):
+    encoded, side = pictures
+    source = open_source(write_tfds(tmp_path, encoded, monkeypatch), "train", data_dir=str(tmp_path))
+    numbers = class_numbers(encoded)
+    names = [f"{class_name}/{name}" for class_name, name, _ in encoded]
+    assert source.classes == tuple(numbers)
+    assert sorted(source.file_names()) == sorted(names)
+    assert source.file_names() != names  # TFDS shuffles
+    rows = {name: row for row, name in enumerate(source.file_names())}
+    as_folder = pickle.loads(pickle.dumps(SubsetSource(source, [rows[name] for name in names])))
+    assert as_folder.labels.tolist() == [numbers[class_name] for class_name, _, _ in encoded]
+    for i, (class_name, _, content) in enumerate(encoded):
+        with Image.open(io.BytesIO(content)) as image:
+            expected = np.asarray(image.convert("RGB"))
+        pixels, label = as_folder.sample(i)
+        np.testing.assert_array_equal(pixels, expected)
+        assert as_folder.read(i) == (content, numbers[class_name])
+        assert label == numbers[class_name]
+        assert as_folder.size(i) == (side, side)
+    for ours, theirs in zip(batches(as_folder, sharding), from_folder, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
 @pytest.mark.parametrize("form", [*LABELLED, *UNLABELLED])

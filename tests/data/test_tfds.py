@@ -4,7 +4,6 @@ import os
 import pickle
 import shutil
 import sys
-import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -84,59 +83,6 @@ def test_pickled_source_opens_its_files_again(prepared):
     again = pickle.loads(pickle.dumps(source))
     assert again.read(7) == source.read(7)
     assert again.where(7) == source.where(7) == f"{shard_of(prepared)}: record 7"
-
-
-class SmallCifar(tfds.core.GeneratorBasedBuilder):
-    """60 pictures of CIFAR-10 as the PNG files they are; `FILES` is {name: bytes}."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    FILES: dict = {}  # noqa: RUF012
-
-    def _info(self):
-        names = sorted({name.split("/")[0] for name in self.FILES})
-        features = {
-            "image": tfds.features.Image(shape=(32, 32, 3)),
-            "label": tfds.features.ClassLabel(names=names),
-            "file_name": tfds.features.Text(),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for name, content in self.FILES.items():
-            yield name, {"image": content, "label": name.split("/")[0], "file_name": name}
-
-
-def test_cifar_as_tfds_is_cifar_as_a_folder(tmp_path, monkeypatch):
-    shared = Path(os.environ.get("MAECT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
-    archive = shared / "data" / "cifar10-part1.tar.gz"
-    if not archive.is_file():
-        pytest.skip("no CIFAR-10 pictures: set MAECT_SHARED to the folder that holds 'data'")
-    files = {}
-    with tarfile.open(archive, "r|gz") as tar:
-        for member in tar:
-            if member.isfile() and "/train/" in member.name:
-                files["/".join(member.name.split("/")[-2:])] = tar.extractfile(member).read()
-            if len(files) == 60:
-                break
-    for name, content in files.items():
-        path = tmp_path / "folder" / "train" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    monkeypatch.setattr(SmallCifar, "FILES", files)
-    SmallCifar(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-
-    folder = open_source(str(tmp_path / "folder"), "train")
-    source = open_source("small_cifar", "train", data_dir=str(tmp_path))
-    assert (len(source), source.classes) == (60, folder.classes)
-    assert sorted(source.file_names()) == sorted(folder.file_names())
-    rows = {name: i for i, name in enumerate(folder.file_names())}
-    for i, name in enumerate(source.file_names()):
-        (image, label), (wanted, wanted_label) = source.sample(i), folder.sample(rows[name])
-        np.testing.assert_array_equal(image, wanted)
-        assert label == source.labels[i] == wanted_label
 
 
 # ---------------------------------------------------------------------------------------------- labels of all records
