@@ -7,7 +7,6 @@ None means "derived from the size of the training set" (see `derive`); paper rec
 
 import difflib
 import importlib.util
-import os
 import traceback
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from maect_jax.data.device.augment import IMAGENET_MEAN, IMAGENET_STD
+from maect_jax.data.host.decode import cores
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation.task import QUICK
 from maect_jax.models.vit import SIZES
@@ -272,8 +272,7 @@ def derive(config: ConfigDict, pictures: int) -> None:
         if config[section][key] is None:
             config[section][key] = value
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    fill("data", "workers", cores if pictures >= 100_000 and cores > 4 else 0)
+    fill("data", "workers", cores() if pictures >= 100_000 and cores() > 4 else 0)
     fill("pretrain", "epochs", round(min(1600, 400 * growth)))
     fill("pretrain", "warmup_epochs", max(1, config.pretrain.epochs // 20))
     for stage in ("head", "tune"):

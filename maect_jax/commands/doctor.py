@@ -6,12 +6,12 @@ nothing. The model is not run: what it eats follows from its operations a pictur
 
 import argparse
 import json
-import os
 from dataclasses import asdict
 
 from maect_jax import config as settings
 from maect_jax import config_checks
 from maect_jax.config import TRAINED
+from maect_jax.data.host.decode import cores
 from maect_jax.data.sources.open import open_source
 from maect_jax.doctor import appetite, feed
 from maect_jax.doctor.advice import advice
@@ -64,11 +64,11 @@ def table(found: feed.Feed, eats: dict[str, float], eater: appetite.Accelerator,
         rows += [
             (f"the same, {_loader(found.other_workers)}", found.other_pipeline, ""),
             ("reading alone", found.read, f"{found.read * found.bytes_each / 1e6:,.0f} MB/s"),
-            ("reading and decoding alone", found.decode, ""),
+            ("reading and decoding alone, threads, full size", found.decode, ""),
         ]
     if gain is not None:
         rows.append(("packed at short side 256 (projected)", found.pipeline * gain, f"{gain:.1f} x a picture"))
-    lines = [f"this machine feeds ({os.cpu_count()} cores)"]
+    lines = [f"this machine feeds ({cores()} cores)"]
     lines += [f"  {what:48} {rate:10,.0f} images/s  {more}".rstrip() for what, rate, more in rows]
     peak = f"{eater.peak / 1e12:,.1f} TFLOP/s" + (" in a matrix product here" if eater.measured else "")
     lines.append(f"the model eats, at {appetite.SHARE:.0%} of {eater.count} x {eater.name} ({peak})")

@@ -1,7 +1,6 @@
 """What to change, from what was measured: a line each, with the gain that the measurements promise."""
 
-import os
-
+from maect_jax.data.host.decode import cores
 from maect_jax.doctor.feed import Feed
 
 ENOUGH = 1.1  # the input should be this much faster than the model: its rate varies
@@ -56,9 +55,9 @@ def advice(
         )
     best = max(feed.pipeline, feed.other_pipeline) * (packed_gain or 1.0)
     if best < eats:
-        cores = os.cpu_count() or 1
+        have = cores()
         found.append(
-            f"cores: at this rate a core, {cores * eats / best:,.0f} cores would feed it (this machine has {cores})"
+            f"cores: at this rate a core, {have * eats / best:,.0f} cores would feed it (this machine has {have})"
             + ("; after the changes above" if len(found) > 1 else "")
         )
     return found

@@ -1,7 +1,6 @@
 """What this machine can feed: the loader of training, run for some seconds, and its parts by themselves."""
 
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from maect_jax.data.batches.bad import BadPictures
 from maect_jax.data.batches.resident import BLOCK, ResidentBatches
 from maect_jax.data.batches.training import training_batches
 from maect_jax.data.host.counters import epoch_order
-from maect_jax.data.host.decode import open_picture, threads
+from maect_jax.data.host.decode import cores, open_picture, threads
 from maect_jax.data.sources.base import Source
 from maect_jax.errors import BadPicture
 
@@ -87,7 +86,7 @@ def measure(source: Source, config: ConfigDict, sharding: NamedSharding, seconds
             return Feed(True, rate, workers)
         telemetry = batches.telemetry
         ready = telemetry.ready / max(telemetry.asked, 1)
-    others = 0 if workers else max(os.cpu_count() or 1, 1)
+    others = 0 if workers else cores()
     with closing(loader(others, 0)) as batches:
         other = _rate_of_batches(batches, batch, seconds * 0.2)
     order = epoch_order(config.seed, 1, len(source))  # another epoch's: what was just read is in the page cache

@@ -10,10 +10,15 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from maect_jax.data.batches.slots import SLOTS, Column, Slots, room
+from maect_jax.data.batches.training import training_batches
+from maect_jax.data.sources.base import ArraySource
+from maect_jax.errors import DataError
+from maect_jax.parallel.mesh import batch_sharding, make_mesh
 
 LAYOUT = {"image": Column((4, 3, 3), "uint8"), "id": Column((4,), "int32"), "valid": Column((4,), "bool")}
 
@@ -162,3 +167,59 @@ def cmdline(process: int) -> bytes:
         return Path(f"/proc/{process}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def test_loaders_do_not_hear_what_asks_the_program_to_stop(tmp_path):
+    """A signal of a terminal or a job goes to all its processes, and the main one still needs its loaders."""
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(root=str(Path(__file__).parents[2])))
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "ready\n"
+        loaders = [child for child in children(process.pid) if b"from multiprocessing.spawn" in cmdline(child)]
+        assert len(loaders) >= 2
+        for loader in loaders:
+            status = Path(f"/proc/{loader}/status").read_text()
+            blocked = int(next(line for line in status.splitlines() if line.startswith("SigBlk")).split()[1], 16)
+            assert all(blocked >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
+        os.kill(loaders[0], signal.SIGTERM)
+        time.sleep(0.5)
+        assert b"spawn_main" in cmdline(loaders[0])
+    finally:
+        process.kill()
+        process.wait()
+
+
+class Unsendable(Exception):
+    def __reduce__(self):
+        raise TypeError("not to be sent")
+
+
+class Failing(ArraySource):
+    """A set that dies or fails in a way of its own at its picture 5."""
+
+    def __init__(self, how: str):
+        super().__init__("failing", np.zeros((32, 8, 8, 3), np.uint8))
+        self.how = how
+
+    def read(self, index):
+        if index == 5 and self.how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 5:
+            raise Unsendable("odd")
+        return super().read(index)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "message"),
+    [("killed", DataError, r"a loader process was killed.*lower data\.workers \(now 1\)"), ("odd", Exception, "odd")],
+)
+def test_a_loader_that_dies_or_fails_oddly_ends_the_run_with_a_reason(how, error, message):
+    batches = training_batches(Failing(how), batch=32, seed=0, start_step=0, views=1, image_size=8,
+                               crop_scale=(0.2, 1.0), sharding=batch_sharding(make_mesh(devices=jax.devices()[:1])),
+                               workers=1, resident_limit=0)  # fmt: skip
+    try:
+        with pytest.raises(error, match=message):
+            next(batches)
+    finally:
+        batches.close()

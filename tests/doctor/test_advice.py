@@ -39,7 +39,7 @@ def test_a_resident_set_needs_nothing():
 
 
 def test_a_slow_machine_is_told_the_share_and_the_cores_that_are_missing(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("maect_jax.doctor.advice.cores", lambda: 8)
     lines = said()
     assert starts(lines) == ["too slow", "cores"]
     assert "25% of what 'pretrain' eats" in lines[0]

@@ -5,9 +5,9 @@ has a checksum, and manifest.json. Started again after an interruption it goes o
 """
 
 import argparse
-import os
 from pathlib import Path
 
+from maect_jax.data.host.decode import cores
 from maect_jax.data.packing.pack import pack
 from maect_jax.data.packing.plan import Settings
 from maect_jax.data.packing.splits import open_splits
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
     text = "processes (one a CPU core); 0 = none but this one"
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help=text)
+    parser.add_argument("--workers", type=int, default=cores(), metavar="N", help=text)
 
 
 def check_workers(arguments: argparse.Namespace) -> list[str]:

@@ -4,11 +4,14 @@ import functools
 import itertools
 import multiprocessing
 import os
+import pickle
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 import grain
 import jax
@@ -18,6 +21,7 @@ from maect_jax.data.batches.bad import BadPictures
 from maect_jax.data.batches.samples import EvaluationChunks, Notes, Rows, TrainingChunks
 from maect_jax.data.batches.slots import Columns, Slots
 from maect_jax.data.host.decode import threads
+from maect_jax.errors import DataError
 
 AHEAD = 2  # batches that are ready on the devices
 
@@ -90,6 +94,7 @@ class Reader:
         self._queue: queue.Queue = queue.Queue(AHEAD)
         self._stopped = threading.Event()
         self._ended = False
+        self._workers = workers
         self._thread = threading.Thread(target=self._fill, name="batches", daemon=True)
         self._thread.start()
 
@@ -121,9 +126,12 @@ class Reader:
         self._thread.join()
         self._chunks.close()
         self._slots.close()
+        self._queue.put(StopIteration())  # for another thread that still asks
 
     def _fill(self) -> None:
         try:
+            if self._workers:
+                _spawn_deaf_processes()
             for step in itertools.count(self._first):
                 self._load(step)
                 batch = self._place(self._slots.batch(step))
@@ -146,13 +154,34 @@ class Reader:
         """Returns when all of this host's rows of a step are in their slot."""
         telemetry = self.telemetry
         for _ in range(self._rows.chunks):
-            notes = next(self._chunks)
+            notes = self._next_notes()
             self._bad.note(self._source, notes.bad)
             if notes.error is not None:
                 raise notes.error
             telemetry.pictures += self._rows.chunk
             telemetry.bytes += notes.bytes
             telemetry.load_seconds += notes.seconds
+
+    def _next_notes(self) -> Notes:
+        try:
+            return next(self._chunks)
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):  # Grain's words for a process that is gone
+                raise
+            raise DataError(
+                "a loader process was killed, mostly because the machine ran out of memory; "
+                f"lower data.workers (now {self._workers}) or free memory"
+            ) from error
+
+
+def _spawn_deaf_processes() -> None:
+    """From now on this thread starts processes that do not hear what asks the program to stop.
+
+    Such a signal goes to all processes of a terminal or a job; the main process then finishes its step and saves, for
+    which it needs its loaders.
+    """
+    resource_tracker.ensure_running()  # when it starts, it makes the thread hear again
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 
 
 @dataclass(frozen=True)
@@ -165,7 +194,14 @@ class _Writer:
     def __call__(self, place: int) -> Notes:
         _end_with_parent()
         step, _ = self.load.rows.of(place)
-        return self.load(place, self.slots.batch(step)) if self.slots.wait(step) else Notes()
+        try:
+            return self.load(place, self.slots.batch(step)) if self.slots.wait(step) else Notes()
+        except Exception as error:
+            try:
+                pickle.dumps(error)
+            except Exception:  # it would be lost on its way, and waited for
+                raise RuntimeError(f"{type(error).__name__}: {error}") from None
+            raise
 
 
 @functools.cache

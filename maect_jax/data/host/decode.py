@@ -23,9 +23,14 @@ from maect_jax.data.host.limits import MAX_BYTES, check_size, unreadable
 from maect_jax.errors import BadPicture, DataError
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def threads() -> int:
     """How many threads decode at once in this process; decoders let go of the interpreter while they work."""
-    return min(16, os.cpu_count() or 1)
+    return min(16, cores())
 
 
 @dataclass(frozen=True)
