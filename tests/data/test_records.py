@@ -1,6 +1,7 @@
 """Packed records as a source: the same pictures in any order, by any thread, and damage that is called by its name."""
 
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -262,6 +263,35 @@ def test_damaged_names_are_refused_when_they_are_asked_for(copy, content):
     source = open_source(str(copy), "train")
     with pytest.raises(DataError, match=r"train-names\.json: (damaged|not a list of 20 names)"):
         source.file_names()
+
+
+@pytest.mark.parametrize(("kind", "name"), [("labels", "train-labels.npy"), ("names", "train-names.json")])
+def test_a_file_that_claims_more_bytes_than_its_records_can_have_is_not_read(copy, kind, name):
+    in_manifest(**{f"splits__train__{kind}__bytes": 1 << 41})(copy)
+    os.truncate(copy / name, 1 << 41)  # sparse
+    with pytest.raises(
+        DataError, match=rf"{name}: manifest\.json says {1 << 41} bytes, more than the \d+ there can be"
+    ):
+        open_source(str(copy), "train").file_names()
+
+
+def test_a_manifest_that_is_no_regular_file_is_not_waited_for(copy, tmp_path):
+    root = write_folder(tmp_path / "in")
+    for folder in (root, copy):
+        (folder / "manifest.json").unlink(missing_ok=True)
+        os.mkfifo(folder / "manifest.json")
+
+    def open_both():
+        assert len(open_source(str(root), "train")) == 12
+        with pytest.raises(DataError, match=r"manifest\.json: damaged \(no regular file\)"):
+            open_source(str(copy), "train")
+        return True
+
+    done = []
+    thread = threading.Thread(target=lambda: done.append(open_both()), daemon=True)
+    thread.start()
+    thread.join(30)
+    assert done == [True]
 
 
 def test_labels_in_an_array_of_objects_are_not_unpickled(copy):

@@ -1,6 +1,7 @@
 """data stats: counts, sizes, mean and standard deviation, and duplicates, against NumPy over all pixels at once."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -65,6 +66,18 @@ def test_sums_are_exact_for_the_brightest_and_longest_picture():
     image[-1, -1] = (1, 2, 3)
     values = image.reshape(-1, 3).astype(np.int64)
     np.testing.assert_array_equal(channel_sums(image), [values.sum(0), (values**2).sum(0)])
+
+
+def test_the_squares_of_a_large_picture_need_little_memory():
+    image = np.full((4096, 2048, 3), 200, np.uint8)
+    tracemalloc.start()
+    try:
+        sums = channel_sums(image)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sums.tolist() == [[200 << 23] * 3, [40_000 << 23] * 3]
+    assert most < image.nbytes  # all squares at once are twice as much
 
 
 def test_pictures_a_class_sizes_bytes_and_forms_are_counted(tmp_path):

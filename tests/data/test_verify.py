@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from packs import many_shards, natural, packed, write_folder
+from packs import many_shards, natural, packed, write_folder, write_picture
 
 from maect_jax.data.packing.splits import open_splits
 from maect_jax.data.packing.verify import CHUNK, bad_files, bad_pictures
@@ -66,6 +66,13 @@ def test_a_test_split_that_can_not_be_opened_is_no_missing_one(tmp_path):
     (root / "val/dog").rename(root / "val/wolf")
     with pytest.raises(DataError, match=r"class 'wolf' .* is not in the training set"):
         open_splits(str(root))
+
+
+def test_a_class_whose_name_begins_as_a_test_split_s_is_no_test_split(tmp_path, caplog):
+    for name in ("valley", "testudo", "Valve", "cat"):
+        write_picture(tmp_path / "in" / name / "0.png", natural(len(name)))
+    assert list(open_splits(str(tmp_path / "in"))) == ["train"]
+    assert "no test split" in caplog.text
 
 
 def test_pictures_of_another_number_of_channels_are_an_error_of_the_set(tmp_path):

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,8 +29,12 @@ PLAN = "packing.json"  # there until the manifest is (see plan.py)
 FORMAT, VERSION = "maect_jax records", 1
 SPLITS = ("train", "test")
 _LONGEST = 1 << 28  # bytes of a manifest
+_MOST_RECORDS = 1 << 28  # of a split
+_HEADER = 1 << 12  # bytes of a .npy before its values, at most
+_LONGEST_NAME = 6 * 0xFFFF + 4  # bytes in JSON: each byte as \uXXXX, quotes, comma, new line
+_LONGEST_NAMES = 1 << 31  # bytes of the names of a split
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
-_MEND = "copy the folder anew or pack the set anew"
+MEND = "copy the folder anew, or delete the folder and pack anew"
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,13 @@ class Manifest:
 
 def is_packed(folder: Path) -> bool:
     """Whether `folder` holds packed records: a manifest of this format; a damaged one, or a plan, beside shards."""
-    try:
-        with open(folder / FILE, "rb") as file:
+    path = folder / FILE
+    if os.path.isfile(path):  # a FIFO of that name would be waited for
+        with suppress(OSError), open(path, "rb") as file:
             if FORMAT.encode() in file.read(200):  # it is the first entry
                 return True
-    except OSError:
-        if not (folder / PLAN).exists():
-            return False
+    elif not os.path.lexists(path) and not os.path.exists(folder / PLAN):
+        return False
     return any(entry.name.endswith(".array_record") for entry in os.scandir(folder))
 
 
@@ -83,6 +88,8 @@ def read_manifest(folder: Path) -> Manifest:
     if not path.exists() and (folder / PLAN).exists():
         raise DataError(f"{folder} is not packed to the end; start the same `data pack` again")
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")
         with open(path, "rb") as file:
             text = file.read(_LONGEST + 1)
         if len(text) > _LONGEST:
@@ -96,11 +103,11 @@ def read_manifest(folder: Path) -> Manifest:
         classes = tuple(_of(str, name) for name in _of(list, content["classes"]))
         return Manifest(classes, _count(content["channels"]), splits)
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; {_MEND}") from error
+        raise DataError(f"{path}: {error.strerror}; {MEND}") from error
     except KeyError as error:
-        raise DataError(f"{path}: damaged (no {error.args[0]!r}); {_MEND}") from error
+        raise DataError(f"{path}: damaged (no {error.args[0]!r}); {MEND}") from error
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path}: damaged ({str(error)[:200]}); {_MEND}") from error
+        raise DataError(f"{path}: damaged ({str(error)[:200]}); {MEND}") from error
 
 
 def _split(entry: dict) -> Split:
@@ -108,6 +115,8 @@ def _split(entry: dict) -> Split:
     records = _count(entry["records"])
     if not shards or sum(shard.records for shard in shards) != records:
         raise ValueError(f"{sum(shard.records for shard in shards)} records in the shards, {records} in the split")
+    if records > _MOST_RECORDS:
+        raise ValueError(f"{records} records in a split, more than {_MOST_RECORDS}")
     return Split(records, shards, _file(entry["labels"]), _file(entry["names"]))
 
 
@@ -132,7 +141,7 @@ def _of(kind: type, value):
 
 def read_labels(folder: Path, split: Split, classes: int) -> np.ndarray:
     """Labels int32 [records], each -1 or below `classes`. Raises DataError when they are not that."""
-    data = _read_sized(folder, split.labels)
+    data = _read_sized(folder, split.labels, 4 * split.records + _HEADER)
     path = folder / split.labels.file
     file = io.BytesIO(data)
     try:
@@ -142,10 +151,10 @@ def read_labels(folder: Path, split: Split, classes: int) -> np.ndarray:
         if shape != (split.records,) or dtype != np.dtype("<i4") or len(data) - file.tell() != 4 * split.records:
             raise ValueError(f"{dtype} {list(shape)} in {len(data)} bytes, not int32 [{split.records}]")
     except Exception as error:  # NumPy's reader of headers raises whatever its parser does
-        raise DataError(f"{path}: damaged ({str(error)[:200]}); {_MEND}") from error
+        raise DataError(f"{path}: damaged ({str(error)[:200]}); {MEND}") from error
     labels = np.frombuffer(data, "<i4", offset=file.tell()).astype(np.int32)
     if labels.min() < -1 or labels.max() >= max(classes, 1) or (not classes and labels.max() >= 0):
-        raise DataError(f"{path}: labels {labels.min()}..{labels.max()} for {classes} classes; {_MEND}")
+        raise DataError(f"{path}: labels {labels.min()}..{labels.max()} for {classes} classes; {MEND}")
     return labels
 
 
@@ -153,11 +162,12 @@ def read_names(folder: Path, split: Split) -> list[str]:
     """Names of the records, in their order. Raises DataError when the file is not that."""
     path = folder / split.names.file
     try:
-        names = json.loads(_read_sized(folder, split.names))
+        most = min(_LONGEST_NAME * split.records + _HEADER, _LONGEST_NAMES)
+        names = json.loads(_read_sized(folder, split.names, most))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: damaged ({str(error)[:200]}); {_MEND}") from error
+        raise DataError(f"{path}: damaged ({str(error)[:200]}); {MEND}") from error
     if type(names) is not list or len(names) != split.records or not all(type(name) is str for name in names):
-        raise DataError(f"{path}: not a list of {split.records} names; {_MEND}")
+        raise DataError(f"{path}: not a list of {split.records} names; {MEND}")
     return names
 
 
@@ -167,13 +177,17 @@ def check_size(folder: Path, file: File) -> None:
     try:
         size = os.stat(path).st_size
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}, {FILE} says {file.bytes} bytes; {_MEND}") from error
+        raise DataError(f"{path}: {error.strerror}, {FILE} says {file.bytes} bytes; {MEND}") from error
     if size != file.bytes:
         what = f"truncated at byte {size}" if size < file.bytes else "it is another file"
-        raise DataError(f"{path}: {size} bytes, {FILE} says {file.bytes}: {what}; {_MEND}")
+        raise DataError(f"{path}: {size} bytes, {FILE} says {file.bytes}: {what}; {MEND}")
 
 
-def _read_sized(folder: Path, file: File) -> bytes:
+def _read_sized(folder: Path, file: File, most: int) -> bytes:
+    if file.bytes > most:
+        raise DataError(
+            f"{folder / file.file}: {FILE} says {file.bytes} bytes, more than the {most} there can be; {MEND}"
+        )
     check_size(folder, file)
     return (folder / file.file).read_bytes()
 

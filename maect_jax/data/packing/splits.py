@@ -6,7 +6,9 @@ from pathlib import Path
 
 from maect_jax.data.packing.manifest import SPLITS, is_packed, read_manifest
 from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.layout import SPLIT_FOLDERS
 from maect_jax.data.sources.open import open_source
+from maect_jax.data.sources.split_files import split_of
 from maect_jax.errors import DataError
 
 _LOG = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ def open_splits(name: str, *, split: str | None = None, channels: int | None = N
 
 
 def _names_a_test_split(folder: Path) -> bool:
-    """Whether something in a folder is called like a test split; then that it can not be opened is an error."""
+    """Whether something in a folder is called as a test split is; then that it can not be opened is an error."""
     if not folder.is_dir():
         return False
-    return any(entry.name.lower().startswith(("test", "val")) for entry in os.scandir(folder))
+    return any(split_of(Path(entry.path)) in SPLIT_FOLDERS["test"] for entry in os.scandir(folder))

@@ -17,6 +17,7 @@ from maect_jax.data.sources.base import Source
 from maect_jax.errors import BadPicture
 
 _ROWS = 1 << 15  # of a picture at a time, so that sums of squares of 8-bit values fit 32 bits
+_PIXELS = 1 << 20  # at a time, so that the squares of a large picture need little memory
 _NPY, _PNG = b"\x93NUMPY", b"\x89PNG"
 
 
@@ -104,10 +105,11 @@ def count(sources: dict[str, Source], task: tuple[str, range], tick: Callable[[]
 
 def channel_sums(image_hwc: np.ndarray) -> np.ndarray:
     """Sum of the values of each channel, and of their squares; exact, int64 [2, c]."""
-    channels = image_hwc.shape[2]
+    height, width, channels = image_hwc.shape
     sums = np.zeros((2, channels), np.int64)
-    for start in range(0, len(image_hwc), _ROWS):
-        rows = image_hwc[start : start + _ROWS].reshape(-1, image_hwc.shape[1] * channels)
+    step = min(_ROWS, max(1, _PIXELS // width))
+    for start in range(0, height, step):
+        rows = image_hwc[start : start + step].reshape(-1, width * channels)
         for kind, values in enumerate((rows, np.square(rows, dtype=np.uint16))):
             columns = values.sum(0, dtype=np.uint32)  # along the long axis: many times as fast as pixel by pixel
             sums[kind] += columns.reshape(-1, channels).sum(0, dtype=np.int64)
