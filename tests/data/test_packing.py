@@ -211,6 +211,56 @@ def test_a_second_packing_of_the_same_changes_nothing(tmp_path):
     assert contents(tmp_path / "out") == before and again.pictures == first.pictures
 
 
+def without(*keys):
+    """A damage: a manifest without what lies at these keys."""
+
+    def change(text):
+        content = json.loads(text)
+        section = content
+        for key in keys[:-1]:
+            section = section[key]
+        del section[keys[-1]]
+        return json.dumps(content).encode()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text[: len(text) // 2],
+        lambda text: b"",
+        lambda text: text.replace(b'"source": {', b'"source": 5, "_": {'),
+        without("settings"),
+        without("source"),
+        without("splits", "train", "bad"),
+    ],
+)
+def test_a_packing_with_a_damaged_manifest_is_refused_in_one_line(tmp_path, damage):
+    root = write_folder(tmp_path / "in")
+    packed(root, tmp_path / "out")
+    path = tmp_path / "out/manifest.json"
+    path.write_bytes(damage(path.read_bytes()))
+    before = contents(tmp_path / "out")
+    with pytest.raises(DataError, match=r"manifest\.json: damaged \(.*delete the folder and pack anew") as error:
+        packed(root, tmp_path / "out")
+    assert "\n" not in str(error.value) and contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("pattern", ["train-00001-*.array_record", "test-labels.npy", "train-names.json"])
+def test_a_packing_that_lost_a_file_is_not_taken_for_complete(tmp_path, monkeypatch, pattern):
+    many_shards(monkeypatch)
+    root = write_folder(tmp_path / "in")
+    packed(root, tmp_path / "out", shard_mb=1)
+    (path,) = (tmp_path / "out").glob(pattern)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"{path.name}: .* truncated at byte \d+; .*delete the folder and pack anew"):
+        packed(root, tmp_path / "out", shard_mb=1)
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path.name}: No such file .*delete the folder and pack anew"):
+        packed(root, tmp_path / "out", shard_mb=1)
+
+
 def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     root = write_folder(tmp_path / "in")
     (tmp_path / "other").mkdir()

@@ -79,9 +79,7 @@ def pack(
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         if (folder / manifest.FILE).exists():
-            content = json.loads((folder / manifest.FILE).read_bytes())
-            plan.refuse_others(folder, _facts_of(content), origin | facts)
-            manifest.read_manifest(folder)
+            content = _finished(folder, origin | facts)
         else:
             remove_unfinished(folder)
             starts = plan.begin(folder, sources, settings, origin | facts)
@@ -92,6 +90,29 @@ def pack(
             manifest.write_atomically(folder / manifest.FILE, text)
         _clear(folder, content)
     return _result(content, time.perf_counter() - began)
+
+
+def _finished(folder: Path, facts: dict) -> dict:
+    """The content of the manifest of a packing that was done before.
+
+    Raises:
+      DataError: it is damaged, or of other pictures or settings; a file of it is missing or has another size.
+    """
+    path = folder / manifest.FILE
+    found = manifest.read_manifest(folder)
+    try:
+        content = json.loads(path.read_bytes())
+        there = _facts_of(content)
+        _result(content, 0)
+    except KeyError as error:
+        raise DataError(f"{path}: damaged (no {error.args[0]!r}); {manifest.MEND}") from error
+    except (TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({error}); {manifest.MEND}") from error
+    plan.refuse_others(folder, there, facts)
+    for split in found.splits.values():
+        for file in (*split.shards, split.labels, split.names):
+            manifest.check_size(folder, file)
+    return content
 
 
 def _check_folder(folder: Path) -> None:
