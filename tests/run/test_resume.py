@@ -8,7 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 
+from maect_jax.training.checkpoint import newest_step_folder
 from runs import ROOT, final_states, launch, lines, make_pictures, start
 
 
@@ -102,6 +104,20 @@ def test_a_run_that_is_asked_to_stop_saves_and_continues(tmp_path, pictures, uni
     again = launch(tmp_path, f"--config.data.train={pictures}")
     assert again.returncode == 0, again.stderr
     assert final_states(tmp_path) == final_states(uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_job_leaves_the_loaders_to_the_run(tmp_path, pictures, number):
+    settings = ("--config.data.workers=2", "--config.data.resident_gib=0", "--config.pretrain.epochs=500")
+    settings += ("--config.checkpoint.every_updates=100000", "--config.log_every=1")
+    process = start(tmp_path, f"--config.data.train={pictures}", *settings)
+    record = tmp_path / "metrics.jsonl"
+    wait_for(lambda: record.exists() and '"pretrain", "step": 1' in record.read_text(), process)
+    os.killpg(process.pid, number)
+    output = process.communicate()[0]
+    assert process.returncode == 6, output
+    assert f"{number.name}: stopped" in output and "Traceback" not in output and "KeyboardInterrupt" not in output
+    assert newest_step_folder(epath.Path(tmp_path) / "pretrain") is not None
 
 
 def test_a_second_signal_ends_at_once(tmp_path, pictures):
