@@ -1,11 +1,17 @@
 """data verify: every bad picture and no other, of any source, and files that are not what a manifest says."""
 
+import argparse
+import io
 import json
+import shutil
 
 import numpy as np
 import pytest
+from forms import write_parquet, write_tar_per_class, write_webdataset, write_zip_per_class
 from packs import many_shards, natural, packed, write_folder, write_picture
+from PIL import Image
 
+from maect_jax.commands.data.verify import main
 from maect_jax.data.packing.splits import open_splits
 from maect_jax.data.packing.verify import CHUNK, bad_files, bad_pictures
 from maect_jax.data.sources.base import ArraySource
@@ -117,3 +123,56 @@ def test_a_flipped_bit_of_a_record_is_listed_with_shard_and_record(tmp_path):
     (found,) = bad_pictures(open_splits(str(tmp_path / "out")), 0)
     assert found["path"] == f"{path}: record {found['id']}" and "damaged" in found["reason"]
     assert len(bad_files(tmp_path / "out", None)) == 1
+
+
+def pictures_of_four_classes():
+    """(class, file name, encoded) of 24 pictures of each; of noise, so that a shard is longer than its headers."""
+    found = []
+    for number in range(96):
+        file = io.BytesIO()
+        Image.fromarray(natural(number)).save(file, "PNG")
+        found.append((("ant", "bee", "cow", "dog")[number // 24], f"{number:03}.png", file.getvalue()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("write", "pattern"),
+    [
+        (write_tar_per_class, "train/*.tar"),
+        (write_zip_per_class, "train/*.zip"),
+        (write_webdataset, "train-*.tar"),
+        (write_parquet, "data/*.parquet"),
+    ],
+)
+def test_every_damaged_archive_or_shard_is_listed_as_json(tmp_path, capsys, write, pattern):
+    source = write(tmp_path / "set", pictures_of_four_classes())
+    files = sorted((tmp_path / "set").glob(pattern))
+    assert len(files) == 4
+    assert verify_json(source, capsys)["bad"] == []
+    files[0].write_bytes(files[0].read_bytes()[:700])
+    files[3].write_bytes(files[3].read_bytes()[:-15_000])
+    with pytest.raises(DataError, match="2 files bad") as error:
+        verify_json(source, capsys)
+    found = json.loads(capsys.readouterr().out)
+    assert [bad["path"] for bad in found["bad"]] == [str(files[0]), str(files[3])]
+    assert all(bad["split"] == "train" and bad["id"] is None and bad["reason"] for bad in found["bad"])
+    assert found["splits"] == {"train": {"pictures": 0, "bad": 0, "bad_files": 2}}
+    assert "\n" not in str(error.value)
+
+
+def verify_json(source, capsys):
+    """What `data verify` prints."""
+    main(argparse.Namespace(source=source, split=None, channels=None, workers=0, json="-"))
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_damaged_archive_of_one_split_leaves_the_other_to_be_looked_at(tmp_path, capsys):
+    write_tar_per_class(tmp_path / "set", pictures_of_four_classes())
+    shutil.copytree(tmp_path / "set/train", tmp_path / "set/val")
+    path = tmp_path / "set/val/cow.tar"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(DataError, match=r"cow\.tar: is cut off"):
+        main(argparse.Namespace(source=str(tmp_path / "set"), split=None, channels=None, workers=0, json="-"))
+    found = json.loads(capsys.readouterr().out)
+    assert [(bad["split"], bad["path"]) for bad in found["bad"]] == [("test", str(path))]
+    assert found["splits"]["train"] == {"pictures": 96, "bad": 0, "bad_files": 0}

@@ -71,7 +71,10 @@ def test_verify_lists_the_bad_ones_as_json_and_by_its_status(pictures, packed, t
     status, printed, errors = data("verify", pictures, "--workers", 0)
     assert status == 3 and "1 of 85 pictures" in errors
     found = json.loads(printed)
-    assert found["splits"] == {"train": {"pictures": 64, "bad": 1}, "test": {"pictures": 21, "bad": 0}}
+    assert found["splits"] == {
+        "train": {"pictures": 64, "bad": 1, "bad_files": 0},
+        "test": {"pictures": 21, "bad": 0, "bad_files": 0},
+    }
     (bad,) = found["bad"]
     assert bad["path"] == str(pictures / "train/bar/003.png") and bad["split"] == "train" and bad["reason"]
     status, printed, errors = data("verify", packed, "--workers", 0, "--json", tmp_path / "found.json")
@@ -86,6 +89,60 @@ def test_verify_lists_a_shard_that_is_cut_off(packed, data):
     assert status == 3 and "truncated at byte 70000" in errors
     (bad,) = json.loads(printed)["bad"]
     assert bad["path"] == str(path) and bad["id"] is None and "truncated at byte 70000" in bad["reason"]
+
+
+def test_verify_counts_a_flipped_bit_as_one_picture_and_one_file(packed, data):
+    (path,) = packed.glob("train-*.array_record")
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+    status, printed, errors = data("verify", packed, "--workers", 0)
+    assert status == 3 and "1 of 84 pictures and 1 file bad" in errors
+    found = json.loads(printed)
+    assert found["splits"]["train"] == {"pictures": 63, "bad": 1, "bad_files": 1}
+    assert [bad["path"].split(":")[0] for bad in found["bad"]] == [str(path)] * 2
+    assert [bad["id"] is None for bad in found["bad"]] == [True, False]
+
+
+def test_verify_looks_into_intact_shards_beside_one_that_is_cut_off(pictures, tmp_path, data, monkeypatch):
+    monkeypatch.setattr("maect_jax.data.packing.plan.MEGABYTE", 1500)
+    status, _, errors = data("pack", pictures, tmp_path / "set", "--workers", 0, "--shard-mb", 1)
+    assert status == 0, errors
+    _, second, third, *_ = sorted((tmp_path / "set").glob("train-*.array_record"))
+    manifest = json.loads((tmp_path / "set/manifest.json").read_text())
+    counts = [shard["records"] for shard in manifest["splits"]["train"]["shards"]]
+    second.write_bytes(second.read_bytes()[:500])
+    content = bytearray(third.read_bytes())
+    content[1000] ^= 1
+    third.write_bytes(content)
+    status, printed, _ = data("verify", tmp_path / "set", "--workers", 0)
+    found = json.loads(printed)
+    files, (picture,) = ([bad for bad in found["bad"] if (bad["id"] is None) == kind] for kind in (True, False))
+    assert status == 3 and [bad["path"] for bad in files] == [str(second), str(third)]
+    shard, _, record = picture["path"].partition(": record ")
+    assert shard == str(third) and picture["id"] == counts[0] + counts[1] + int(record)
+    assert found["splits"]["train"] == {"pictures": sum(counts) - counts[1], "bad": 1, "bad_files": 2}
+    assert found["splits"]["test"] == {"pictures": 21, "bad": 0, "bad_files": 0}
+
+
+@pytest.mark.parametrize("content", [b'{"format": "maect_jax records", "ver', b"", None])
+def test_verify_writes_json_for_a_damaged_manifest(packed, data, content):
+    if content is None:
+        content = (packed / "manifest.json").read_bytes().replace(b'"splits"', b'"parts"')
+    (packed / "manifest.json").write_bytes(content)
+    status, printed, errors = data("verify", packed, "--workers", 0)
+    (bad,) = json.loads(printed)["bad"]
+    assert status == 3 and bad["path"] == str(packed / "manifest.json") and "damaged" in bad["reason"]
+    assert "manifest.json: damaged" in errors and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("source", ["nothing/here/", "{pictures}/train"])
+def test_verify_writes_json_for_a_split_that_is_not_there(pictures, data, source):
+    source = source.replace("{pictures}", str(pictures))
+    status, printed, errors = data("verify", source, "--workers", 0, "--split", "test")
+    (bad,) = json.loads(printed)["bad"]
+    assert status == 3 and bad["split"] == "test" and bad["id"] is None and bad["path"] == source
+    assert bad["reason"] in errors and len(errors.strip().splitlines()) == 2
 
 
 def test_stats_give_json_and_settings_that_a_run_takes(pictures, data):
@@ -115,6 +172,11 @@ def test_stats_give_json_and_settings_that_a_run_takes(pictures, data):
         (("pack", "{pictures}", "{new}", "--quality", "0", "--workers", "-1"), "--workers -1: give 0 or more"),
         (("pack", "nothing/here/", "{new}"), "no folder 'nothing/here/' on this machine"),
         (("verify", "{pictures}", "--split", "val"), "invalid choice: 'val'"),
+        (
+            ("verify", "{pictures}", "--json", "/nonexist/x.json"),
+            "--json /nonexist/x.json: there is no folder '/nonexist'",
+        ),
+        (("stats", "{pictures}", "--json", "/"), "--json /: is a folder; give the name of a file"),
         (("stats", "{pictures}", "--channels", "0"), "--channels 0: give 1 or more"),
     ],
 )

@@ -1,18 +1,24 @@
 """Lists every picture of a data set that can not be used, as JSON: each is read and decoded.
 
-Of a packed folder the checksums of its files are compared as well. Exit status: 0 all are good, 3 some are bad.
+Of a packed folder the checksums of its files are compared as well. Where a split does not open, its damaged archives
+or shards are listed, and its pictures are looked at as far as a packed folder still has them. An entry without id is
+a file. Exit status: 0 all are good, 3 some are bad.
 """
 
 import argparse
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from maect_jax.commands.data.pack import add_workers, check_workers
+from maect_jax.data.packing.damage import damaged_files
 from maect_jax.data.packing.manifest import SPLITS, is_packed, write_atomically
-from maect_jax.data.packing.splits import open_splits
-from maect_jax.data.packing.verify import bad_files, bad_pictures
+from maect_jax.data.packing.splits import open_each
+from maect_jax.data.packing.verify import bad_pictures
+from maect_jax.data.sources.base import Source
+from maect_jax.data.sources.records import open_intact
 from maect_jax.errors import ConfigError, DataError, Preempted
 
 
@@ -33,6 +39,12 @@ def check_reading(arguments: argparse.Namespace) -> None:
     problems = check_workers(arguments)
     if arguments.channels is not None and arguments.channels < 1:
         problems.append(f"--channels {arguments.channels}: give 1 or more")
+    if arguments.json != "-":
+        path = Path(arguments.json).expanduser()
+        if not path.parent.is_dir():
+            problems.append(f"--json {arguments.json}: there is no folder {str(path.parent)!r}; make it first")
+        elif path.is_dir():
+            problems.append(f"--json {arguments.json}: is a folder; give the name of a file")
     if problems:
         raise ConfigError(problems)
 
@@ -40,30 +52,51 @@ def check_reading(arguments: argparse.Namespace) -> None:
 def main(arguments: argparse.Namespace) -> None:
     check_reading(arguments)
     began = time.perf_counter()
-    folder = Path(arguments.source).expanduser()
     try:
-        bad = bad_files(folder, arguments.split) if is_packed(folder) else []
-        counts, broken = {}, None
-        try:
-            sources = open_splits(arguments.source, split=arguments.split, channels=arguments.channels)
-        except DataError as error:  # without a shard the ids of the pictures are not known
-            if not bad:
-                raise
-            broken = error
-        else:
-            bad += bad_pictures(sources, arguments.workers)
-            counts = {split: len(source) for split, source in sources.items()}
+        sources, failed = open_each(arguments.source, split=arguments.split, channels=arguments.channels)
+        files = damaged_files(arguments.source, arguments.split, failed)
+        ids = _add_intact(sources, failed, files, arguments)
+        pictures = bad_pictures(sources, arguments.workers)
     except KeyboardInterrupt:
         raise Preempted("SIGINT; nothing was written") from None
-    splits = {s: {"pictures": n, "bad": sum(b["split"] == s for b in bad)} for s, n in counts.items()}
-    found = {"source": arguments.source, "splits": splits, "bad": bad, "seconds": round(time.perf_counter() - began, 3)}
-    write_json(found, arguments.json)
-    if broken:
-        raise broken
-    if bad:
+    for bad in pictures:
+        if bad["split"] in ids:
+            bad["id"] = int(ids[bad["split"]][bad["id"]])
+    splits = {
+        split: {
+            "pictures": len(sources.get(split, ())),
+            "bad": _of(pictures, split),
+            "bad_files": _of(files, split),
+        }
+        for split in SPLITS
+        if split in sources or split in failed
+    }
+    found = {"source": arguments.source, "splits": splits, "bad": files + pictures}
+    write_json(found | {"seconds": round(time.perf_counter() - began, 3)}, arguments.json)
+    total = sum(map(len, sources.values()))
+    if files or pictures:
+        if not sources and len(files) == 1:
+            raise next(iter(failed.values()))
+        counts = [f"{len(pictures)} of {total} pictures"] if sources else []
+        counts += [f"{len(files)} file{'s' if len(files) > 1 else ''}"] if files else []
         where = "" if arguments.json == "-" else f", listed in {arguments.json}"
-        raise DataError(f"{len(bad)} of {sum(counts.values())} pictures of {arguments.source!r} are bad{where}")
-    print(f"{sum(counts.values())} pictures, none bad", file=sys.stderr, flush=True)
+        first = (files + pictures)[0]
+        raise DataError(f"{arguments.source!r}: {' and '.join(counts)} bad{where}; {first['path']}: {first['reason']}")
+    print(f"{total} pictures, none bad", file=sys.stderr, flush=True)
+
+
+def _add_intact(sources: dict[str, Source], failed: dict[str, DataError], files: list[dict], arguments) -> dict:
+    """Adds what is left of splits of a packed folder that lack a shard; ids of these pictures, int64 [n], by split."""
+    folder, ids = Path(arguments.source).expanduser(), {}
+    lacking = {bad["split"] for bad in files if bad["path"].endswith(".array_record")} if is_packed(folder) else set()
+    for split in lacking & failed.keys():
+        with suppress(DataError):  # nothing is left
+            sources[split], ids[split] = open_intact(folder, split, arguments.channels)
+    return ids
+
+
+def _of(found: list[dict], split: str) -> int:
+    return sum(bad["split"] == split for bad in found)
 
 
 def write_json(content: dict, to: str) -> None:

@@ -25,23 +25,34 @@ def open_splits(name: str, *, split: str | None = None, channels: int | None = N
     Raises:
       DataError: see `open_source`. That there is no test split at all is no error.
     """
+    sources, failed = open_each(name, split=split, channels=channels)
+    for error in failed.values():
+        raise error
+    return sources
+
+
+def open_each(
+    name: str, *, split: str | None = None, channels: int | None = None
+) -> tuple[dict[str, Source], dict[str, DataError]]:
+    """The splits that can be opened, and why others can not; arguments as `open_splits`."""
     folder = Path(name).expanduser()
-    packed = read_manifest(folder) if is_packed(folder) else None
+    try:
+        packed = read_manifest(folder) if is_packed(folder) else None
+    except DataError as error:
+        return {}, {split or "train": error}
     if channels is None:
         channels = packed.channels if packed and packed.channels not in (1, 3) else 3
-    if split is not None:
-        return {split: open_source(name, split, channels=channels, key=split)}
-    if packed:
-        return {s: open_source(name, s, channels=channels, key=s) for s in SPLITS if s in packed.splits}
-    train = open_source(name, "train", channels=channels, key="train")
-    try:
-        test = open_source(name, "test", channels=channels, classes=None, key="test")
-    except DataError as error:
-        if _names_a_test_split(folder):
-            raise
-        _LOG.warning("no test split (%s)", error)
-        return {"train": train}
-    return {"train": train, "test": test}
+    wanted = [s for s in SPLITS if (s == split if split else packed is None or s in packed.splits)]
+    sources, failed = {}, {}
+    for each in wanted:
+        try:
+            sources[each] = open_source(name, each, channels=channels, key=each)
+        except DataError as error:
+            if each == "test" and len(wanted) == 2 and not packed and not _names_a_test_split(folder):
+                _LOG.warning("no test split (%s)", error)
+            else:
+                failed[each] = error
+    return sources, failed
 
 
 def _names_a_test_split(folder: Path) -> bool:

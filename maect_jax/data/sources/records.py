@@ -1,12 +1,14 @@
 """Packed records as a `Source`: what `python -m maect_jax data pack` wrote (docs/data.md, data/packing/record.py)."""
 
 import hashlib
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from maect_jax.data.packing.manifest import (
+    MEND,
     Split,
     check_size,
     is_packed,
@@ -19,7 +21,7 @@ from maect_jax.data.sources.base import Source
 from maect_jax.data.sources.shards import Shards
 from maect_jax.errors import BadPicture, DataError
 
-__all__ = ["RecordSource", "is_packed", "open_records"]
+__all__ = ["RecordSource", "is_packed", "open_intact", "open_records"]
 
 
 class _PlainShards(Shards):
@@ -67,7 +69,7 @@ class RecordSource(Source):
         picture, label = unpack_record(record, self.where(index))
         if label != self.stored[index]:
             reason = f"label {label}, {self.split.labels.file} says {self.stored[index]}"
-            raise BadPicture(self.where(index), reason, "copy the folder anew or pack the set anew")
+            raise BadPicture(self.where(index), reason, MEND)
         return picture, int(self.labels[index])
 
     def digest(self) -> str:
@@ -113,3 +115,32 @@ def open_records(
         known = {c: i for i, c in enumerate(classes)}
         labels = np.array([*(known[c] for c in own), -1], np.int32)[stored]  # -1 takes the last
     return RecordSource(name, folder, found, stored, labels, classes or own, channels)
+
+
+def open_intact(folder: Path, split: str, channels: int | None) -> tuple[RecordSource, np.ndarray]:
+    """The records in those shards of a split that open, and the ids they have in it, int64 [n].
+
+    Raises:
+      DataError: no such split; manifest or labels are damaged; no shard opens.
+    """
+    manifest = read_manifest(folder)
+    if split not in manifest.splits:
+        raise DataError(f"{folder}: has no {split} split")
+    found, classes = manifest.splits[split], manifest.classes
+    labels = read_labels(folder, found, len(classes))
+    shards, ids, stop = [], [], 0
+    for shard in found.shards:
+        start, stop = stop, stop + shard.records
+        try:
+            check_size(folder, shard)
+            _PlainShards([str(folder / shard.file)], [shard.records])
+        except DataError:
+            continue
+        shards.append(shard)
+        ids.append(np.arange(start, stop))
+    if not shards:
+        raise DataError(f"{folder}: no shard of {split} opens; {MEND}")
+    of_shards = np.concatenate(ids)
+    intact, labels = replace(found, records=len(of_shards), shards=tuple(shards)), labels[of_shards]
+    channels = channels or (manifest.channels if manifest.channels not in (1, 3) else 3)
+    return RecordSource(str(folder), folder, intact, labels, labels, classes, channels), of_shards
