@@ -13,6 +13,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from packs import many_shards, natural, packed, write_folder, write_picture
 
 from maect_jax.data.packing.record import pack_record
+from maect_jax.data.packing.verify import bad_files
 from maect_jax.data.sources.open import open_source
 from maect_jax.errors import BadPicture, DataError
 
@@ -269,10 +270,11 @@ def test_damaged_names_are_refused_when_they_are_asked_for(copy, content):
 def test_a_file_that_claims_more_bytes_than_its_records_can_have_is_not_read(copy, kind, name):
     in_manifest(**{f"splits__train__{kind}__bytes": 1 << 41})(copy)
     os.truncate(copy / name, 1 << 41)  # sparse
-    with pytest.raises(
-        DataError, match=rf"{name}: manifest\.json says {1 << 41} bytes, more than the \d+ there can be"
-    ):
-        open_source(str(copy), "train").file_names()
+    message = rf"manifest\.json: damaged \({name} has {1 << 41} bytes, more than the \d+ there can be\)"
+    with pytest.raises(DataError, match=message):
+        open_source(str(copy), "train")
+    with pytest.raises(DataError, match=message):  # `data verify` does not read it for its checksum, either
+        bad_files(copy, None)
 
 
 def test_a_manifest_that_is_no_regular_file_is_not_waited_for(copy, tmp_path):

@@ -117,7 +117,12 @@ def _split(entry: dict) -> Split:
         raise ValueError(f"{sum(shard.records for shard in shards)} records in the shards, {records} in the split")
     if records > _MOST_RECORDS:
         raise ValueError(f"{records} records in a split, more than {_MOST_RECORDS}")
-    return Split(records, shards, _file(entry["labels"]), _file(entry["names"]))
+    labels, names = _file(entry["labels"]), _file(entry["names"])
+    longest = 4 * records + _HEADER, min(_LONGEST_NAME * records + _HEADER, _LONGEST_NAMES)
+    for file, most in zip((labels, names), longest):
+        if file.bytes > most:  # a sparse file may have as many
+            raise ValueError(f"{file.file} has {file.bytes} bytes, more than the {most} there can be")
+    return Split(records, shards, labels, names)
 
 
 def _file(entry: dict, records: int = 0) -> File:
@@ -141,7 +146,7 @@ def _of(kind: type, value):
 
 def read_labels(folder: Path, split: Split, classes: int) -> np.ndarray:
     """Labels int32 [records], each -1 or below `classes`. Raises DataError when they are not that."""
-    data = _read_sized(folder, split.labels, 4 * split.records + _HEADER)
+    data = _read_sized(folder, split.labels)
     path = folder / split.labels.file
     file = io.BytesIO(data)
     try:
@@ -162,8 +167,7 @@ def read_names(folder: Path, split: Split) -> list[str]:
     """Names of the records, in their order. Raises DataError when the file is not that."""
     path = folder / split.names.file
     try:
-        most = min(_LONGEST_NAME * split.records + _HEADER, _LONGEST_NAMES)
-        names = json.loads(_read_sized(folder, split.names, most))
+        names = json.loads(_read_sized(folder, split.names))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: damaged ({str(error)[:200]}); {MEND}") from error
     if type(names) is not list or len(names) != split.records or not all(type(name) is str for name in names):
@@ -183,11 +187,7 @@ def check_size(folder: Path, file: File) -> None:
         raise DataError(f"{path}: {size} bytes, {FILE} says {file.bytes}: {what}; {MEND}")
 
 
-def _read_sized(folder: Path, file: File, most: int) -> bytes:
-    if file.bytes > most:
-        raise DataError(
-            f"{folder / file.file}: {FILE} says {file.bytes} bytes, more than the {most} there can be; {MEND}"
-        )
+def _read_sized(folder: Path, file: File) -> bytes:
     check_size(folder, file)
     return (folder / file.file).read_bytes()
 
