@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from maect_jax.data.batches.evaluation import content_hash
+from maect_jax.data.batches.samples import content_hash
 from maect_jax.data.sources.base import ArraySource
 from maect_jax.errors import DataError
 from maect_jax.evaluation.data_checks import check_classes, check_labels, describe_shared, shared_pictures

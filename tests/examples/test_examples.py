@@ -92,7 +92,8 @@ def example():
 
 def seen(model, path) -> np.ndarray:
     """A picture as our evaluation cuts it, uint8 [1, size, size, channels]."""
-    return central_crop(decode(path, model.channels, str(path)), model.image_size, model.resize_ratio)[None]
+    image = decode(path.read_bytes(), model.channels, str(path))
+    return central_crop(image, model.image_size, model.resize_ratio)[None]
 
 
 def normalised(model, images_bhwc) -> np.ndarray:
