@@ -8,12 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-
-def clock(seconds: float) -> str:
-    """Seconds as 0:42, 12:05 or 3:07:30."""
-    minutes, seconds = divmod(round(max(seconds, 0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+from maect_jax.durations import clock
 
 
 class StageProgress:

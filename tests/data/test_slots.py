@@ -144,15 +144,26 @@ def children(parent: int) -> list[int]:
     return found
 
 
+def start(folder: Path) -> subprocess.Popen:
+    """A program that has its first batch and waits."""
+    script = folder / "run.py"
+    script.write_text(SCRIPT.format(root=str(Path(__file__).parents[2])))
+    return subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+
+
+def loaders_of(process: subprocess.Popen) -> list[int]:
+    """Its loader processes, once it has its first batch."""
+    assert process.stdout.readline() == "ready\n"
+    found = [child for child in children(process.pid) if b"spawn_main" in cmdline(child)]
+    assert len(found) >= 2
+    return found
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
 def test_loaders_end_with_a_main_process_that_is_killed(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(root=str(Path(__file__).parents[2])))
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    process = start(tmp_path)
     try:
-        assert process.stdout.readline() == "ready\n"
-        loaders = [child for child in children(process.pid) if b"spawn_main" in cmdline(child)]
-        assert len(loaders) >= 2
+        loaders = loaders_of(process)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -171,13 +182,9 @@ def cmdline(process: int) -> bytes:
 
 def test_loaders_do_not_hear_what_asks_the_program_to_stop(tmp_path):
     """A signal of a terminal or a job goes to all its processes, and the main one still needs its loaders."""
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(root=str(Path(__file__).parents[2])))
-    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    process = start(tmp_path)
     try:
-        assert process.stdout.readline() == "ready\n"
-        loaders = [child for child in children(process.pid) if b"from multiprocessing.spawn" in cmdline(child)]
-        assert len(loaders) >= 2
+        loaders = loaders_of(process)
         for loader in loaders:
             status = Path(f"/proc/{loader}/status").read_text()
             blocked = int(next(line for line in status.splitlines() if line.startswith("SigBlk")).split()[1], 16)

@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from maect_jax.training.progress import clock
+from maect_jax.durations import clock
 
 _EVERY = 10.0  # seconds between plain lines
 
