@@ -88,7 +88,7 @@ def write_official(folder: Path, size: str) -> None:
     n, values = encoder.grid**2, 3 * shape.patch**2
     model = MaskedAutoencoder(encoder, Decoder(512, 8, 16, encoder.grid, values))
     key, order = jax.random.key(0), jnp.arange(n)[None]
-    shapes = jax.eval_shape(lambda: model.init(key, jnp.zeros((1, n, values)), order, n // 4)["params"])
+    shapes = jax.eval_shape(lambda: model.init(key, jnp.zeros((1, n // 4, values)), order)["params"])
     rng = np.random.default_rng(0)
     tree = jax.tree.map(lambda x: 0.02 * rng.standard_normal(x.shape, np.float32), shapes)
     for name, part in (("encoder", {"encoder": tree["encoder"]}), ("full", tree)):

@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     set_size(config, "B/16")
     config.model.pooling = "mean"
     config.data.train = "imagenet2012"
-    config.pretrain.update(epochs=800, batch=1024, base_lr=1.5e-4, warmup_epochs=20)
+    config.pretrain.update(epochs=800, batch=1024, base_lr=1.5e-4, warmup_epochs=20, mask_ratio=0.75)
     config.control.epochs = 40
     config.head.update(epochs=20, batch=1024, base_lr=1e-4, temperature=0.15, queue=65_536)
     config.tune.update(

@@ -25,7 +25,8 @@ def get_config(variant: str = "") -> ConfigDict:
     set_size(config, "H/14")
     config.data.train = "imagenet2012"
     config.stages = ("head", "tune", "evaluate")
-    config.pretrain.update(epochs=800, batch=512, base_lr=1.5e-4, warmup_epochs=20)  # only if asked for
+    # only if asked for
+    config.pretrain.update(epochs=800, batch=512, base_lr=1.5e-4, warmup_epochs=20, mask_ratio=0.75)
     config.control.epochs = 50
     config.head.update(epochs=20, batch=512, base_lr=1e-4, temperature=0.15, queue=65_536)
     config.tune.update(

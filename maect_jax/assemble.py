@@ -14,13 +14,16 @@ from maect_jax.models.mae import Decoder, MaskedAutoencoder
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.vit import ViT, split_blocks
 from maect_jax.neighbors.queue import SupportQueue, align
+from maect_jax.objectives import masking
 from maect_jax.parallel.mesh import batch_sharding, replicated, state_sharding
 from maect_jax.randomness import purpose_key, stage_seed
 from maect_jax.training import flops
+from maect_jax.training.contrastive import make_contrastive_step
 from maect_jax.training.optimizer import Group
+from maect_jax.training.pretraining import Loss, make_pretrain_step, reconstruction_only, self_consistent
 from maect_jax.training.schedule import peak_learning_rate
 from maect_jax.training.state import TrainState, create_state
-from maect_jax.training.steps import Clock, Step, make_contrastive_step, make_pretrain_step
+from maect_jax.training.steps import Clock, Step
 
 
 def build_encoder(config: ConfigDict, frozen: int = 0) -> ViT:
@@ -46,6 +49,35 @@ def build_autoencoder(config: ConfigDict) -> MaskedAutoencoder:
     values = m.patch**2 * m.channels
     decoder = Decoder(d.width, d.depth, d.heads, encoder.grid, values, dtype=encoder.dtype, remat=m.remat)
     return MaskedAutoencoder(encoder, decoder)
+
+
+def build_masks(config: ConfigDict) -> masking.Masks:
+    """What each part of a picture sees and predicts in stage 1.
+
+    Raises:
+      ValueError: the parts do not divide the patches (see `config_checks`).
+    """
+    p, patches = config.pretrain, (config.model.image_size // config.model.patch) ** 2
+    if p.method == "emae":
+        return masking.parallel_masks(patches, p.emae.parts, p.decoded_share)
+    if p.method == "disjoint":
+        return masking.disjoint_masks(patches, p.mask_ratio, p.disjoint.covered, p.decoded_share)
+    return masking.random_mask(patches, p.mask_ratio, p.decoded_share)
+
+
+def build_objective(config: ConfigDict, masks: masking.Masks) -> Loss:
+    """What stage 1 minimises."""
+    if config.pretrain.method != "emae":
+        return reconstruction_only(masks)
+    emae = config.pretrain.emae
+    return self_consistent(
+        masks,
+        weight=emae.consistency_weight,
+        norm=emae.consistency_norm,
+        form=emae.consistency_form,
+        space=emae.consistency_space,
+        normalised_pixels=config.pretrain.normalise_pixels,
+    )
 
 
 def build_head(config: ConfigDict) -> tuple[Projector, Predictor]:
@@ -109,23 +141,25 @@ def _views_of(config: ConfigDict, section: ConfigDict, clock: Clock, views: int,
 
 
 def _pretrain(config: ConfigDict, stage: str, section: ConfigDict, clock: Clock, mesh: Mesh) -> Assembled:
-    model = build_autoencoder(config)
-    group = Group(peak_learning_rate(section.base_lr, section.batch, section.views), section.weight_decay)
+    model, masks = build_autoencoder(config), build_masks(config)
+    counted = {"images": 1, "parts": masks.parts, "predicted": masks.coverage}[section.batch_counting]
+    peak = peak_learning_rate(section.base_lr, section.batch, section.views) * counted
+    group = Group(peak, section.weight_decay)
     step = make_pretrain_step(
         model,
         _views_of(config, section, clock, section.views, "minimal"),
         clock=clock,
         groups={"encoder": group, "decoder": group},
-        mask_ratio=section.mask_ratio,
+        masks=masks,
+        objective=build_objective(config, masks),
         normalise_pixels=section.normalise_pixels,
         accumulate=section.accumulate,
     )
 
     def first_state(sources: dict) -> TrainState:
-        n, values = model.encoder.grid**2, model.decoder.values
-        shuffle_bn = jnp.arange(n, dtype=jnp.int32)[None]
-        key = purpose_key(clock.seed, "initialisation")
-        params = model.init(key, jnp.zeros((1, n, values)), shuffle_bn, n // 2)["params"]
+        visible_blp = jnp.zeros((1, masks.keep, model.decoder.values))
+        order_bm = jnp.asarray(masks.places_km[:1])
+        params = model.init(purpose_key(clock.seed, "initialisation"), visible_blp, order_bm)["params"]
         return create_state(params | {name: sources[name] for name in ("encoder", "decoder") if name in sources})
 
     return Assembled(stage, step, clock, section.batch, section.views, section.crop_scale, first_state)
@@ -243,7 +277,7 @@ def flops_per_update(config: ConfigDict, stage: str) -> float:
     m, d = config.model, config.model.decoder
     patches, values = (m.image_size // m.patch) ** 2, m.patch**2 * m.channels
     full = flops.forward_flops(m.width, m.depth, patches, values)
-    mae = flops.mae_flops(m.width, m.depth, d.width, d.depth, patches, values, config.pretrain.mask_ratio)
+    mae = flops.mae_flops(m.width, m.depth, d.width, d.depth, values, build_masks(config))
     tuned = 1 - config.tune.frozen_blocks / m.depth
     batch = config.pretrain.batch if stage in ("pretrain", "control") else config[stage].batch
     return batch * flops.training_flops(stage, mae, full, tuned, config.pretrain.views)

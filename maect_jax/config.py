@@ -60,16 +60,28 @@ def default() -> ConfigDict:
                 "resident_gib": 2.0,  # up to this size a set of equally sized pictures is kept on the devices
             },
             "pretrain": {
+                # 'mae'; 'emae': parallel masks, self-consistent; 'disjoint': two masks of DMJD. See docs/pretraining.md
+                "method": "mae",
                 "epochs": placeholder(int),
                 "batch": 1024,  # pictures an update
                 "views": 2,
-                "base_lr": 1.5e-4,  # peak rate = base_lr * views * batch / 256
+                "base_lr": 1.5e-4,  # peak rate = base_lr * views * batch / 256 * what `batch_counting` says
+                "batch_counting": "images",  # a picture counts once; 'parts'; or 'predicted', by what its parts hide
                 "warmup_epochs": placeholder(int),
                 "weight_decay": 0.05,
-                "mask_ratio": 0.75,
+                "mask_ratio": placeholder(float),  # None = 0.75; with 'emae' what follows from its parts
+                "decoded_share": 1.0,  # of the removed patches that are predicted, a random choice
                 "normalise_pixels": True,
                 "crop_scale": (0.2, 1.0),
-                "accumulate": 1,  # parts a batch is split into, one after the other
+                "accumulate": 1,  # groups a batch is split into, one after the other
+                "emae": {  # see objectives/emae.py
+                    "parts": 4,  # K; a part sees 1 / K of the patches
+                    "consistency_weight": 1.0,
+                    "consistency_norm": "all",  # patches of a picture, or 'overlap': those hidden from both parts
+                    "consistency_form": "symmetric",  # or 'one_sided', with a stop-gradient
+                    "consistency_space": "targets",  # what is predicted, or 'pixels'
+                },
+                "disjoint": {"covered": 1.0},  # share of the patches that at least one of the two parts predicts
             },
             # The same MAE trained on, for comparison with head and tuning; everything else as in `pretrain`.
             "control": {"epochs": placeholder(int)},
@@ -255,16 +267,17 @@ def _parsed(text: str, wanted: type):
 def derive(config: ConfigDict, pictures: int) -> None:
     """Fills the settings left as None from the number of training pictures.
 
-    Paper constants presuppose paper lengths: an average of factor 0.9999 over few updates is still its start, a queue
-    longer than the data set holds a picture's own past, a warm-up of 20 epochs may be the whole run. So:
+      Paper constants presuppose paper lengths: an average of factor 0.9999 over few updates is still its start, a queue
+      longer than the data set holds a picture's own past, a warm-up of 20 epochs may be the whole run. So:
 
-      epochs      smaller sets are seen more often: 400 * (1e6 / pictures)^(1/3), at most 1600, in pre-training;
-                  20 * (1e6 / pictures)^(1/3), at most 100, for head and tuning; the control as long as both
-      warm-up     a twentieth of the epochs of pre-training
-      queue       the largest power of two times the batch within a quarter of the set, at most 65,536 rows
-      workers     a process a core for sets of 100,000 pictures and more; few pictures are sooner read by threads than
-                  processes start
-      EMA         such that at most 1 % of the start remains at the end, at most 0.9999
+        epochs      smaller sets are seen more often: 400 * (1e6 / pictures)^(1/3), at most 1600, in pre-training;
+                    20 * (1e6 / pictures)^(1/3), at most 100, for head and tuning; the control as long as both
+        warm-up     a twentieth of the epochs of pre-training
+    mask ratio  0.75; with EMAE (K - 1) / K
+        queue       the largest power of two times the batch within a quarter of the set, at most 65,536 rows
+        workers     a process a core for sets of 100,000 pictures and more; few pictures are sooner read by threads than
+                    processes start
+        EMA         such that at most 1 % of the start remains at the end, at most 0.9999
     """
     growth = (1e6 / pictures) ** (1 / 3)
 
@@ -275,6 +288,7 @@ def derive(config: ConfigDict, pictures: int) -> None:
     fill("data", "workers", cores() if pictures >= 100_000 and cores() > 4 else 0)
     fill("pretrain", "epochs", round(min(1600, 400 * growth)))
     fill("pretrain", "warmup_epochs", max(1, config.pretrain.epochs // 20))
+    fill("pretrain", "mask_ratio", 1 - 1 / config.pretrain.emae.parts if config.pretrain.method == "emae" else 0.75)
     for stage in ("head", "tune"):
         fill(stage, "epochs", round(min(100, max(20, 20 * growth))))
     fill("control", "epochs", config.head.epochs + config.tune.epochs)

@@ -11,7 +11,8 @@ from maect_jax.data.device.augment import AUGMENTATIONS
 from maect_jax.evaluation.presets import PRESETS
 from maect_jax.evaluation.protocols import EVALUATIONS, unknown, unusable_robustness
 from maect_jax.evaluation.task import DTYPES, PROBE_FROM
-from maect_jax.objectives.masking import patches_to_keep
+from maect_jax.objectives import emae
+from maect_jax.objectives.masking import divisors_text, patches_to_keep
 
 
 def check(config: ConfigDict) -> list[str]:
@@ -48,16 +49,13 @@ def check(config: ConfigDict) -> list[str]:
     need(0 <= config.data.bad_limit <= 1, "data.bad_limit", "must lie between 0 and 1")
     need(config.data.resize_ratio >= 1, "data.resize_ratio", "must be at least 1")
     problems += _check_stages(config) + _check_evaluation(config)
-    patches = (model.image_size // model.patch) ** 2
-    ratio = config.pretrain.mask_ratio
-    good_ratio = 0 < ratio < 1 and 0 < patches_to_keep(patches, ratio) < patches
-    need(good_ratio, "pretrain.mask_ratio", f"of {patches} patches at least one must stay and one must go")
+    problems += _check_masks(config, (model.image_size // model.patch) ** 2)
     need(config.pretrain.views in (1, 2), "pretrain.views", "must be 1 or 2")
     accumulate = max(config.pretrain.accumulate, 1)
     need(config.pretrain.accumulate >= 1, "pretrain.accumulate", "must be at least 1")
     need(config.pretrain.batch % accumulate == 0, "pretrain.accumulate", f"must divide batch = {config.pretrain.batch}")
     for stage in TRAINED:
-        for key, value in config[stage].items():
+        for key, value in flatten(config[stage]).items():
             problems += _check_value(f"{stage}.{key}", value, model.channels)
     frozen = config.tune.frozen_blocks
     need(
@@ -82,6 +80,49 @@ def check(config: ConfigDict) -> list[str]:
     need(average is None or 0 <= average < 1, "evaluate.finetune_ema", "must be at least 0 and below 1")
     for key in ("checkpoint.every_updates", "checkpoint.keep", "log_every"):
         need(flatten(config)[key] >= 1, key, "must be at least 1")
+    return problems
+
+
+METHODS = ("mae", "emae", "disjoint")
+
+
+def _check_masks(config: ConfigDict, patches: int) -> list[str]:
+    """What the parts of a picture see and predict in pre-training, of so many patches."""
+    problems: list[str] = []
+    pretrain, parts = config.pretrain, config.pretrain.emae.parts
+
+    def need(good: bool, key: str, why: str) -> None:
+        if not good:
+            problems.append(f"config.pretrain.{key} = {flatten(pretrain)[key]!r}: {why}")
+
+    def one_of(key: str, known: tuple[str, ...]) -> None:
+        need(flatten(pretrain)[key] in known, key, f"must be one of {', '.join(known)}")
+
+    one_of("method", METHODS)
+    one_of("batch_counting", emae.COUNTINGS)
+    one_of("emae.consistency_norm", emae.NORMS)
+    one_of("emae.consistency_form", emae.FORMS)
+    one_of("emae.consistency_space", emae.SPACES)
+    need(pretrain.emae.consistency_weight >= 0, "emae.consistency_weight", "must not be negative")
+    need(0 < pretrain.decoded_share <= 1, "decoded_share", "must lie above 0 and at most at 1")
+    ratio = pretrain.mask_ratio
+    if pretrain.method == "emae":
+        why = f"the parts must divide the {patches} patches of a picture; {divisors_text(patches)} do"
+        need(2 <= parts <= patches and patches % parts == 0, "emae.parts", why)
+        consistent = parts > 2 or pretrain.emae.consistency_weight == 0
+        need(consistent, "emae.parts", "no patch is hidden from both of 2 parts, so there is nothing to be consistent "
+             "about; take at least 3, or set config.pretrain.emae.consistency_weight=0")  # fmt: skip
+        fits = ratio is None or parts < 2 or math.isclose(ratio, 1 - 1 / parts, abs_tol=1e-4)
+        need(fits, "mask_ratio", f"each of {parts} parts hides {parts - 1}/{parts} of the patches; leave it out, or "
+             "change config.pretrain.emae.parts")  # fmt: skip
+    elif ratio is not None:
+        good = 0 < ratio < 1 and 0 < patches_to_keep(patches, ratio) < patches
+        need(good, "mask_ratio", f"of {patches} patches at least one must stay and one must go")
+    if pretrain.method == "disjoint":
+        hidden, covered = 0.75 if ratio is None else ratio, pretrain.disjoint.covered
+        good = covered <= 1 and int(min(covered - hidden, hidden) * patches) >= 1
+        need(good, "disjoint.covered", f"must be more than the mask ratio of {hidden} by at least one of {patches} "
+             "patches, and at most 1")  # fmt: skip
     return problems
 
 
@@ -117,7 +158,7 @@ _SHARES = ("warmup", "layer_decay", "target_factor", "ema_factor")
 
 def _check_value(key: str, value, channels: int) -> list[str]:
     """Range checks that hold for a setting's name in every stage; None (derived later) passes."""
-    name = key.split(".")[1]
+    name = key.rsplit(".", 1)[1]
     why = ""
     if value is None:
         return []

@@ -53,7 +53,7 @@ def mae_tree(cfg: dict) -> dict:
     """Fresh parameters of `mae_of(cfg)`."""
     model = mae_of(cfg)
     n, p = model.encoder.grid**2, 3 * model.encoder.patch**2
-    return model.init(jax.random.key(0), jnp.zeros((1, n, p)), jnp.arange(n)[None], n // 4)["params"]
+    return model.init(jax.random.key(0), jnp.zeros((1, n // 4, p)), jnp.arange(n)[None])["params"]
 
 
 def one_device():

@@ -6,7 +6,7 @@ import numpy as np
 
 from maect_jax.data.device.augment import normalise
 from maect_jax.models.mae import MaskedAutoencoder
-from maect_jax.models.patches import patchify, unpatchify
+from maect_jax.models.patches import gather_rows, patchify, unpatchify
 from maect_jax.objectives.masking import mask_noise, patches_to_keep, shuffle
 
 GREY = 0.5  # shown where a patch was removed, as a share of full brightness
@@ -42,7 +42,8 @@ def reconstruct(
     def run(params, images_bhwc):
         pixels_bnp = patchify(normalise(images_bhwc.astype(jnp.float32), mean, std), patch)
         shuffle_bn = shuffle(mask_noise(jax.random.split(jax.random.key(seed), images_bhwc.shape[0]), n))
-        predicted, _ = model.apply({"params": params}, pixels_bnp, shuffle_bn, keep, only_masked=False)
+        visible_blp = gather_rows(pixels_bnp, shuffle_bn[:, :keep])
+        predicted, _ = model.apply({"params": params}, visible_blp, shuffle_bn, only_removed=False)
         order_bn = jnp.argsort(shuffle_bn, axis=1)
         predicted_bnp = jnp.take_along_axis(predicted, order_bn[..., None], axis=1).astype(jnp.float32)
         if normalised_pixels:

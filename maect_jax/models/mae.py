@@ -1,7 +1,7 @@
 """Masked autoencoder: the encoder sees a quarter of the patches, the decoder predicts the rest.
 
-Tokens stay in shuffled order from the encoder to the loss: blocks are permutation-equivariant, so only the decoder's
-position rows and the targets are gathered, and every shape is static.
+Tokens stay in the order they are given in, from the encoder to the loss: blocks are permutation-equivariant, so only
+the decoder's position rows and the targets are gathered, and every shape is static.
 
 Source: MAE (He et al. 2022), section 3.
 """
@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maect_jax.models.patches import gather_rows, position_table
+from maect_jax.models.patches import position_table
 from maect_jax.models.vit import Dtype, ViT, blocks, dense, layer_norm
 
 
@@ -33,27 +33,28 @@ class Decoder(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, tokens_bld: jax.Array, shuffle_bn: jax.Array, only_masked: bool = True) -> jax.Array:
-        """Predictions in shuffled order.
+    def __call__(self, tokens_bld: jax.Array, order_bm: jax.Array, only_removed: bool = True) -> jax.Array:
+        """Predictions in the order given.
 
         Args:
           tokens_bld: encoder tokens [batch, 1 + kept, width of the encoder], CLS first.
-          shuffle_bn: int32 [batch, patches], a permutation a picture whose first `kept` entries the encoder saw.
-          only_masked: predict the removed patches only (what the loss needs), else all.
+          order_bm: int32 [batch, kept + removed], places of patches in row-major order: first those that the encoder
+            saw, then those to predict, which need not be all the others.
+          only_removed: predict the removed patches only (what the loss needs), else the kept ones too.
 
         Returns:
-          [batch, removed or all patches, values], in the order of `shuffle_bn`.
+          [batch, removed (or kept + removed), values].
         """
-        b, n = shuffle_bn.shape
+        b, m = order_bm.shape
         kept = tokens_bld.shape[1] - 1
         x = dense(self.width, self.dtype, "embed")(tokens_bld)
         mask_token = self.param("mask_token", nn.initializers.normal(0.02), (1, 1, self.width))
-        removed = jnp.broadcast_to(mask_token.astype(self.dtype), (b, n - kept, self.width))
+        removed = jnp.broadcast_to(mask_token.astype(self.dtype), (b, m - kept, self.width))
         table_nd = jnp.asarray(position_table(self.width, self.grid).astype("float32"), self.dtype)  # as published
-        patches = jnp.concatenate([x[:, 1:], removed], axis=1) + table_nd[shuffle_bn]
+        patches = jnp.concatenate([x[:, 1:], removed], axis=1) + table_nd[order_bm]
         x = jnp.concatenate([x[:, :1], patches], axis=1)
         x, _ = blocks(self.depth, self.heads, self.mlp_ratio, self.dtype, self.remat, name="blocks")(x, None)
-        x = x[:, 1 + kept :] if only_masked else x[:, 1:]
+        x = x[:, 1 + kept :] if only_removed else x[:, 1:]
         return dense(self.values, self.dtype, "predict")(layer_norm(self.dtype, "norm")(x))
 
 
@@ -64,19 +65,18 @@ class MaskedAutoencoder(nn.Module):
     decoder: Decoder
 
     def __call__(
-        self, patches_bnp: jax.Array, shuffle_bn: jax.Array, keep: int, only_masked: bool = True
+        self, visible_blp: jax.Array, order_bm: jax.Array, only_removed: bool = True
     ) -> tuple[jax.Array, jax.Array]:
         """Predictions of the removed patches and the encoder's tokens.
 
         Args:
-          patches_bnp: all patch vectors [batch, patches, values], row-major.
-          shuffle_bn: int32 [batch, patches], a permutation a picture; its first `keep` patches are visible.
-          keep: number of visible patches (static).
+          visible_blp: patch vectors that are seen, [batch, kept, values].
+          order_bm: int32 [batch, kept + removed], places of the visible patches, in their order, then of those to
+            predict; see `Decoder`.
 
         Returns:
-          predictions [batch, patches - keep (or all), values] in shuffled order, and encoder tokens
-          [batch, 1 + keep, width].
+          predictions [batch, removed (or kept + removed), values] in the order given, and encoder tokens
+          [batch, 1 + kept, width].
         """
-        visible_bl = shuffle_bn[:, :keep]
-        tokens_bld = self.encoder(gather_rows(patches_bnp, visible_bl), visible_bl)
-        return self.decoder(tokens_bld, shuffle_bn, only_masked), tokens_bld
+        tokens_bld = self.encoder(visible_blp, order_bm[:, : visible_blp.shape[1]])
+        return self.decoder(tokens_bld, order_bm, only_removed), tokens_bld

@@ -16,7 +16,12 @@ def pixel_targets(patches_bnp: jax.Array, normalise: bool) -> jax.Array:
     x = patches_bnp.astype(jnp.promote_types(patches_bnp.dtype, jnp.float32))
     if not normalise:
         return x
-    return (x - x.mean(axis=-1, keepdims=True)) / jnp.sqrt(x.var(axis=-1, ddof=1, keepdims=True) + 1e-6)
+    return (x - x.mean(axis=-1, keepdims=True)) / deviation(x)
+
+
+def deviation(patches_bnp: jax.Array) -> jax.Array:
+    """What a patch was divided by in `pixel_targets`: sqrt(var + 1e-6), [batch, patches, 1]."""
+    return jnp.sqrt(patches_bnp.var(axis=-1, ddof=1, keepdims=True) + 1e-6)
 
 
 def reconstruction_loss(prediction_bmp: jax.Array, target_bmp: jax.Array) -> jax.Array:

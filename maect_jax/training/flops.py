@@ -1,6 +1,6 @@
 """How much arithmetic an update is, for ETAs across stages: matrix products only, two operations a multiply-add."""
 
-from maect_jax.objectives.masking import patches_to_keep
+from maect_jax.objectives.masking import Masks
 
 
 def block_flops(tokens: int, width: int) -> float:
@@ -13,14 +13,12 @@ def forward_flops(width: int, depth: int, patches: int, values: int) -> float:
     return 2 * patches * values * width + depth * block_flops(patches + 1, width)
 
 
-def mae_flops(
-    width: int, depth: int, decoder_width: int, decoder_depth: int, patches: int, values: int, mask_ratio: float
-) -> float:
-    """Forward operations of the masked autoencoder on one picture; only visible patches are embedded."""
-    keep = patches_to_keep(patches, mask_ratio)
-    encoder = 2 * keep * values * width + depth * block_flops(keep + 1, width)
-    decoder = 2 * (keep + 1) * width * decoder_width + decoder_depth * block_flops(patches + 1, decoder_width)
-    return encoder + decoder + 2 * (patches - keep) * decoder_width * values
+def mae_flops(width: int, depth: int, decoder_width: int, decoder_depth: int, values: int, masks: Masks) -> float:
+    """Forward operations of the masked autoencoder on one picture, all its parts; what a part sees is embedded."""
+    tokens, predicted = masks.keep + 1, masks.predicted
+    encoder = 2 * masks.keep * values * width + depth * block_flops(tokens, width)
+    decoder = 2 * tokens * width * decoder_width + decoder_depth * block_flops(tokens + predicted, decoder_width)
+    return masks.parts * (encoder + decoder + 2 * predicted * decoder_width * values)
 
 
 def training_flops(stage: str, mae: float, full: float, tuned_share: float, views: int) -> float:

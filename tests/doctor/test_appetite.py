@@ -10,7 +10,7 @@ from maect_jax.doctor import appetite
 def config(size):
     found = default()
     set_size(found, size)
-    found.pretrain.update(epochs=1, warmup_epochs=0, views=1)
+    found.pretrain.update(epochs=1, warmup_epochs=0, views=1, mask_ratio=0.75)
     found.head.update(epochs=1, queue=65_536)
     found.tune.update(epochs=1, ema_factor=0.9999)
     return found

@@ -85,7 +85,7 @@ def _shapes(encoder: ViT, decoder: Decoder | None, values: int) -> dict:
     if decoder is None:
         return {"encoder": jax.eval_shape(lambda: encoder.init(jax.random.key(0), patches_bnp)["params"])}
     model = MaskedAutoencoder(encoder, decoder)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), patches_bnp, shuffle_bn, n // 4)["params"])
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), patches_bnp[:, : n // 4], shuffle_bn)["params"])
 
 
 def _random_tree(shapes: dict, random: np.random.Generator) -> dict:

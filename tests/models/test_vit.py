@@ -29,14 +29,14 @@ def order():
 
 @pytest.fixture(scope="module")
 def params(patches, order):
-    return jax.jit(lambda: mae_of(SMALL).init(jax.random.key(0), patches, order, KEEP)["params"])()
+    return jax.jit(lambda: mae_of(SMALL).init(jax.random.key(0), patches[:, :KEEP], order)["params"])()
 
 
 @pytest.fixture(scope="module")
 def wide():
     """Parameters of a model wide enough that the extremes of a uniform distribution come near its bounds."""
     model = mae_of(WIDE)
-    arguments = jnp.zeros((1, 16, 192)), jnp.arange(16)[None], 4
+    arguments = jnp.zeros((1, 4, 192)), jnp.arange(16)[None]
     return jax.jit(lambda key: model.init(key, *arguments)["params"])(jax.random.key(3))
 
 
@@ -116,7 +116,8 @@ def test_head_starts_as_pytorchs_linear_layers():
 
 
 def test_predictions_differ_between_removed_patches_at_the_start(params, patches, order):
-    prediction, _ = mae_of(SMALL).apply({"params": params}, patches, order, KEEP)
+    visible = gather_rows(patches, order[:, :KEEP])
+    prediction, _ = mae_of(SMALL).apply({"params": params}, visible, order)
     gaps = np.abs(prediction[:, :, None] - prediction[:, None]).mean(-1) + np.eye(12)
     assert gaps.min() > 1e-3
 
@@ -126,7 +127,7 @@ def test_predictions_differ_between_removed_patches_at_the_start(params, patches
 
 def loss_of(model):
     def loss(params, patches, order):
-        prediction, _ = model.apply({"params": params}, patches, order, KEEP)
+        prediction, _ = model.apply({"params": params}, gather_rows(patches, order[:, :KEEP]), order)
         return reconstruction_loss(prediction, gather_rows(pixel_targets(patches, True), order[:, KEEP:]))
 
     return loss
@@ -134,7 +135,8 @@ def loss_of(model):
 
 def test_loss_in_shuffled_order_is_the_masked_loss_in_picture_order(params, patches, order):
     """Against NumPy in float64: predictions put back into picture order, targets and mask as the paper defines them."""
-    shuffled, _ = mae_of(SMALL).apply({"params": params}, patches, order, KEEP, only_masked=False)
+    visible = gather_rows(patches, order[:, :KEEP])
+    shuffled, _ = mae_of(SMALL).apply({"params": params}, visible, order, only_removed=False)
     prediction, mask = np.zeros((3, 16, 48)), np.ones((3, 16))
     for b in range(3):
         prediction[b, np.asarray(order[b])] = shuffled[b]
@@ -156,9 +158,9 @@ def test_recomputing_activations_changes_neither_loss_nor_gradient(params, patch
 
 def test_bfloat16_computation_keeps_float32_parameters_and_gradients(params, patches, order):
     model = mae_of(SMALL, dtype=jnp.bfloat16)
-    fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), patches, order, KEEP)["params"])
+    fresh = jax.eval_shape(lambda: model.init(jax.random.key(0), patches[:, :KEEP], order)["params"])
     assert {leaf.dtype for leaf in jax.tree.leaves(fresh)} == {jnp.dtype("float32")}
-    prediction, tokens = jax.eval_shape(lambda: model.apply({"params": params}, patches, order, KEEP))
+    prediction, tokens = jax.eval_shape(lambda: model.apply({"params": params}, patches[:, :KEEP], order))
     assert prediction.dtype == tokens.dtype == jnp.bfloat16
     loss, gradients = jax.jit(jax.value_and_grad(loss_of(model)))(params, patches, order)
     assert loss.dtype == jnp.float32

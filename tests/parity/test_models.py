@@ -80,15 +80,16 @@ def test_masked_autoencoder_predictions_targets_losses_and_gradients(dtype):
         patches = patchify(images, model.encoder.patch)
         order = shuffle(jnp.asarray(reference["noise"]))
         keep = patches_to_keep(patches.shape[1], float(cfg["mask_ratio"]))
+        visible = gather_rows(patches, order[:, :keep])
         normalised, raw = pixel_targets(patches, True), pixel_targets(patches, False)
 
         def losses(params):
-            prediction, _ = model.apply({"params": params}, patches, order, keep)
+            prediction, _ = model.apply({"params": params}, visible, order)
             each = [reconstruction_loss(prediction, gather_rows(t, order[:, keep:])) for t in (normalised, raw)]
             return each[0], each[1]
 
         (loss_norm, loss_raw), gradients = jax.jit(jax.value_and_grad(losses, has_aux=True))(params)
-        shuffled, _ = jax.jit(lambda p: model.apply({"params": p}, patches, order, keep, False))(params)
+        shuffled, _ = jax.jit(lambda p: model.apply({"params": p}, visible, order, False))(params)
         prediction = in_picture_order(shuffled, order)
     np.testing.assert_array_equal(unpatchify(patches, model.encoder.patch, 3), images)
     mask = np.ones(order.shape)

@@ -14,12 +14,16 @@ from maect_jax.exchange.mapping import from_layout, to_layout
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.vit import join_blocks, split_blocks
 from maect_jax.neighbors.queue import SupportQueue
+from maect_jax.objectives.masking import random_mask
 from maect_jax.parallel.mesh import batch_sharding, make_mesh, replicated
-from maect_jax.training import optimizer, steps
+from maect_jax.training import contrastive, optimizer
+from maect_jax.training import pretraining as pretrain_module
+from maect_jax.training.contrastive import make_contrastive_step
 from maect_jax.training.optimizer import Group
+from maect_jax.training.pretraining import make_pretrain_step, reconstruction_only
 from maect_jax.training.schedule import peak_learning_rate
 from maect_jax.training.state import TrainState, create_state
-from maect_jax.training.steps import Clock, make_contrastive_step, make_pretrain_step
+from maect_jax.training.steps import Clock
 from small import cast, channels_last, encoder_of, mae_of
 
 GEOMETRY = {"patch": 8, "grid": 4}  # of both traces
@@ -93,17 +97,20 @@ def pretraining(request):
     groups = {"encoder": group, "decoder": group}
     with jax.enable_x64(f64), pytest.MonkeyPatch.context() as patched:
         model = mae_of(cfg, dtype=dtype)
+        masks = random_mask(model.encoder.grid**2, float(cfg["mask_ratio"]))
         params = cast(from_layout(below(reference, "init/"), "mae_official_full"), dtype)
         noise = jnp.asarray(reference["noise"])
         # An epoch is one update here, so (epoch, id, view) names a row of the recorded noise.
-        patched.setattr(steps, "sample_keys", lambda seed, purpose, epoch, ids, view: noise[epoch, view * batch + ids])
-        patched.setattr(steps, "mask_noise", lambda rows, patches: rows)
+        row_of = {"sample_keys": lambda seed, purpose, epoch, ids, view: noise[epoch, view * batch + ids]}
+        for name, instead in (row_of | {"mask_noise": lambda rows, patches: rows}).items():
+            patched.setattr(pretrain_module, name, instead)
         step = make_pretrain_step(
             model,
             lambda batch, epoch: batch["image"],
             clock=Clock(updates, int(cfg["warmup_steps"]), 1, seed=0),
             groups=groups,
-            mask_ratio=float(cfg["mask_ratio"]),
+            masks=masks,
+            objective=reconstruction_only(masks),
             normalise_pixels=True,
         )
         batches = [
@@ -196,9 +203,9 @@ def tuning(request):
         jax.debug.callback(note, found.index_b, target)
         return found
 
-    find_neighbors = steps.find_neighbors
+    find_neighbors = contrastive.find_neighbors
     with jax.enable_x64(f64), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(steps, "find_neighbors", recording)
+        patched.setattr(contrastive, "find_neighbors", recording)
         tensors = below(reference, "init/")
         encoder = from_layout(below(tensors, "encoder."), "mae_official_encoder")["encoder"]
         encoder = jax.tree.map(jnp.asarray, encoder)

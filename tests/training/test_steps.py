@@ -14,11 +14,14 @@ from maect_jax.data.device.augment import make_views
 from maect_jax.models.nnclr import Predictor, Projector
 from maect_jax.models.vit import split_blocks
 from maect_jax.neighbors.queue import SupportQueue
+from maect_jax.objectives.masking import random_mask
 from maect_jax.parallel import mesh as meshes
 from maect_jax.parallel.mesh import batch_sharding, make_mesh, replicated, state_sharding
+from maect_jax.training.contrastive import make_contrastive_step
 from maect_jax.training.optimizer import Group
+from maect_jax.training.pretraining import make_pretrain_step, reconstruction_only
 from maect_jax.training.state import create_state
-from maect_jax.training.steps import Clock, make_contrastive_step, make_pretrain_step
+from maect_jax.training.steps import Clock
 from small import encoder_of, mae_of
 
 CFG = dict(img_size=16, patch_size=4, dim=32, depth=4, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2)
@@ -31,6 +34,7 @@ GROUPS = {
     "projector": Group(2e-4, 0.01),
     "predictor": Group(2e-4, 0.01),
 }
+MASKS = random_mask(16, 0.75)
 CLOCK = Clock(updates=20, warmup=2, updates_per_epoch=2, seed=5)
 
 
@@ -73,7 +77,8 @@ def make_step(stage, mesh, frozen=FROZEN, accumulate=1):
             views_of,
             clock=CLOCK,
             groups=select("encoder", "decoder"),
-            mask_ratio=0.75,
+            masks=MASKS,
+            objective=reconstruction_only(MASKS),
             normalise_pixels=True,
             accumulate=accumulate,
         )
@@ -100,7 +105,7 @@ def variables():
     def create():
         keys = jax.random.split(jax.random.key(0), 4)
         order = jnp.arange(16, dtype=jnp.int32)[None]
-        mae = mae_of(CFG).init(keys[0], jnp.zeros((1, 16, 48)), order, 4)["params"]
+        mae = mae_of(CFG).init(keys[0], jnp.zeros((1, 4, 48)), order)["params"]
         head = [m.init(k, jnp.zeros((2, d)), train=False) for m, k, d in zip(HEAD, keys[1:], (32, 8))]
         return mae, *head, SupportQueue.create(keys[3], ROWS, 8)
 

@@ -67,7 +67,8 @@ def ours(model: Model, images_bchw: np.ndarray, noise_bn: np.ndarray) -> dict[st
         keep = patches_to_keep(shuffle_bn.shape[1], model.mask_ratio)
         both = {name: params[name] for name in ("encoder", "decoder")}
         autoencoder = MaskedAutoencoder(model.encoder, model.decoder)
-        predictions_bnp, _ = autoencoder.apply({"params": both}, patches_bnp, shuffle_bn, keep, only_masked=False)
+        visible_blp = gather_rows(patches_bnp, shuffle_bn[:, :keep])
+        predictions_bnp, _ = autoencoder.apply({"params": both}, visible_blp, shuffle_bn, only_removed=False)
         targets_bnp = gather_rows(pixel_targets(patches_bnp, bool(model.normalised_pixels)), shuffle_bn)
         return {
             "predictions": gather_rows(predictions_bnp, jnp.argsort(shuffle_bn, axis=1)),
