@@ -2,6 +2,8 @@
 
     python launch.py --config=configs/cifar10.py --workdir=runs/cifar10 --config.data.train=path/to/cifar10
     python launch.py --config=configs/cifar10.py:small …        a width-128 ViT, for a CPU
+    python launch.py --config=configs/cifar10.py:emae …         the first stage is EMAE: 200 epochs of one crop in four
+                                                                parts, the arithmetic of 400 epochs of two crops
 
 `path/to/cifar10` holds train/<class>/*.png and test/<class>/*.png. Without it, the TFDS data set `cifar10` is taken,
 which `python -m maect_jax data prepare cifar10` prepares, once.
@@ -13,7 +15,7 @@ from maect_jax.config import check_variant, default
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    check_variant("cifar10", variant, ("aug", "small"))
+    check_variant("cifar10", variant, ("aug", "emae", "small"))
     config = default()
     config.name = "cifar10" + (f"_{variant}" if variant else "")
     config.model.update(width=192, depth=12, heads=3, patch=4, image_size=32, pooling="mean")
@@ -36,6 +38,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluate.update(every_epochs=20, online_limit=5000)
     if variant == "aug":
         config.head.augmentation = config.tune.augmentation = "strong"
+    if variant == "emae":
+        config.pretrain.update(method="emae", epochs=200, views=1, base_lr=4e-4, warmup_epochs=10)
     if variant == "small":
         config.model.update(width=128, depth=6, heads=4, dtype="float32")
         config.model.decoder.update(width=64, depth=2, heads=2)

@@ -2,6 +2,9 @@
 
     python launch.py --config=configs/imagenette.py --workdir=runs/imagenette --config.data.train=path/to/imagenette96
 
+Variants: 'aug' strong views; 'small' for a CPU; 'emae' the first stage is EMAE, one crop in four parts for half the
+epochs, which is the arithmetic of two crops for all of them.
+
 The folder holds train/<class>/… and val/<class>/…; without it, the TFDS data set `imagenette/160px-v2` is taken.
 Nearly all of Imagenette's validation pictures are ImageNet-1k training pictures: not a test for ImageNet weights.
 """
@@ -12,7 +15,7 @@ from maect_jax.config import check_variant, default
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    check_variant("imagenette", variant, ("aug", "small"))
+    check_variant("imagenette", variant, ("aug", "emae", "small"))
     config = default()
     config.name = "imagenette" + (f"_{variant}" if variant else "")
     config.model.update(width=384, depth=12, heads=6, patch=8, image_size=96, pooling="mean")
@@ -35,6 +38,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.evaluate.update(every_epochs=40, online_limit=5000)
     if variant == "aug":
         config.head.augmentation = config.tune.augmentation = "strong"
+    if variant == "emae":
+        config.pretrain.update(method="emae", epochs=400, views=1, base_lr=4e-4, warmup_epochs=20)
     if variant == "small":
         config.model.update(width=128, depth=6, heads=4, patch=12, dtype="float32")
         config.model.decoder.update(width=64, depth=2, heads=2)
