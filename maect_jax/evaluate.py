@@ -13,7 +13,7 @@ from maect_jax.data.batches.evaluation import EvaluationBatches
 from maect_jax.data.sources.base import Source
 from maect_jax.evaluation import figures, knn, suite
 from maect_jax.evaluation.features import Features, extract, make_extractor
-from maect_jax.evaluation.pictures import reconstruct
+from maect_jax.evaluation.pictures import reconstruct, reconstruct_parts
 from maect_jax.evaluation.task import Settings
 from maect_jax.models.vit import join_blocks
 from maect_jax.parallel.mesh import batch_sharding
@@ -21,7 +21,7 @@ from maect_jax.report.figures import neighbor_grid, reconstruction_grid
 from maect_jax.trained import stages_of
 from maect_jax.training.state import TrainState
 
-RECONSTRUCTIONS = 12
+RECONSTRUCTIONS, PICTURES_IN_PARTS, PARTS = 12, 6, 4  # that are kept for the report
 
 
 def _batches(run: Run, source: Source, limit: int | None = None) -> EvaluationBatches:
@@ -74,15 +74,18 @@ def make_monitor(run: Run, stage: str) -> Callable[[TrainState, int], dict] | No
     return monitor
 
 
+def _shown_pictures(run: Run, count: int) -> np.ndarray:
+    """The same few pictures each time, uint8 [count, size, size, c]: of the test set, where there is one."""
+    batch = next(iter(_batches(run, run.test or run.train, count)))
+    return np.asarray(jax.device_get(batch["image"]))[np.asarray(batch["valid"])][:count]
+
+
 def _reconstructions(run: Run, params: dict) -> dict[str, np.ndarray]:
     config = run.config
-    source = run.test or run.train
-    batch = next(iter(_batches(run, source, RECONSTRUCTIONS)))
-    images = np.asarray(jax.device_get(batch["image"]))[np.asarray(batch["valid"])]
     return reconstruct(
         assemble.build_autoencoder(config),
         params,
-        images[:RECONSTRUCTIONS],
+        _shown_pictures(run, RECONSTRUCTIONS),
         mask_ratio=config.pretrain.mask_ratio,
         normalised_pixels=config.pretrain.normalise_pixels,
         mean=config.data.mean,
@@ -96,6 +99,28 @@ def save_reconstructions(run: Run, params: dict, step: int) -> None:
     pictures = _reconstructions(run, params)
     figures.save(run.workdir / "figures" / "reconstruction.npz", pictures)
     run.logbook.picture("reconstruction", reconstruction_grid(**pictures), step)
+
+
+def save_parts(run: Run, params: dict, when: str) -> None:
+    """Writes `figures/parts_<when>.npz` for the report: what EMAE's parts make of the same pictures, with the weights
+    'before' training and 'after' it. Nothing with other methods.
+    """
+    config = run.config
+    if config.pretrain.method != "emae":
+        return
+    found = reconstruct_parts(
+        assemble.build_autoencoder(config),
+        params,
+        _shown_pictures(run, PICTURES_IN_PARTS),
+        parts=config.pretrain.emae.parts,
+        normalised_pixels=config.pretrain.normalise_pixels,
+        mean=config.data.mean,
+        std=config.data.std,
+        seed=config.seed,
+    )
+    found |= {name: found[name][:, :PARTS] for name in ("seen", "completed")}
+    found["parts"] = np.asarray(config.pretrain.emae.parts)
+    figures.save(run.workdir / "figures" / f"parts_{when}.npz", found)
 
 
 def settings_of(run: Run) -> Settings:

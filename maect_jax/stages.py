@@ -75,6 +75,8 @@ def run_training_stage(run: Run, stage: str) -> None:
         if run.leader:
             table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
             (folder / "parameters.txt").write_text(table + "\n")
+            if stage == "pretrain":
+                evaluate.save_parts(run, state.params, "before")
     run.logbook.start_stage(stage, int(state.step))
     batches = training_batches(
         run.train,
@@ -115,6 +117,7 @@ def run_training_stage(run: Run, stage: str) -> None:
         checkpoints.close()
     if stage == "pretrain" and run.leader:
         evaluate.save_reconstructions(run, state.params, int(state.step))
+        evaluate.save_parts(run, state.params, "after")
     if run.leader:
         done = {"stage": stage, "step": int(state.step), "seconds": round(seconds, 1)}
         done["weights"] = weights_hash(encoder_of(parts_of(state)))
