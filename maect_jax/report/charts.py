@@ -13,11 +13,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from maect_jax.report.files import STAGES, number, order_stages
+from maect_jax.report.files import number, order_stages
 
 # metric -> (title, unit, factor); the loss has a chart for each stage, every other metric comes after these
 CHARTS = {
     "knn": ("k-NN accuracy during training", "%", 100.0),
+    "reconstruction_loss": ("Reconstruction loss, mean over the parts", "", 1.0),
+    "disagreement": ("Disagreement of the parts", "", 1.0),
+    "disagreement_ratio": ("Disagreement over root of reconstruction loss", "", 1.0),
     "neighbor_accuracy": ("Neighbours of the same class", "%", 100.0),
     "embedding_std": ("Embedding standard deviation", "", 1.0),
     "effective_rank": ("Effective rank", "", 1.0),
@@ -177,11 +180,15 @@ def metric_series(lines: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, tup
     return series
 
 
-def training_charts(series: Mapping[str, Mapping[str, tuple]]) -> tuple[list[str], list[str]]:
+def training_charts(series: Mapping[str, Mapping[str, tuple]], names: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Every chart for which there is data, from `metric_series`.
 
     The losses of the stages are of different kinds, so each has its own chart and steps. All other charts show the
-    stages one after another; the control starts where MAE ended, as the head does.
+    stages one after another; the control starts where pre-training ended, as the head does.
+
+    Args:
+      series: from `metric_series`.
+      names: stage -> its name; see `names.stage_names`.
 
     Returns:
       SVG strings: the losses and the metrics of `CHARTS`, then all other metrics by name.
@@ -190,20 +197,20 @@ def training_charts(series: Mapping[str, Mapping[str, tuple]]) -> tuple[list[str
     for stages in series.values():
         for stage, (steps, _) in stages.items():
             length[stage] = max(length.get(stage, 0), steps[-1])
-    after_mae = length.get("pretrain", 0)
-    start = {"control": after_mae, "head": after_mae, "tune": after_mae + length.get("head", 0)}
+    pretrained = length.get("pretrain", 0)
+    start = {"control": pretrained, "head": pretrained, "tune": pretrained + length.get("head", 0)}
+    colors = list(names.values())
 
     def chart(key: str) -> str:
         title, unit, factor = CHARTS.get(key, (key.replace("_", " "), "", 1.0))
         shown = {
-            STAGES.get(stage, stage): ([x + start.get(stage, 0) for x in steps], [factor * y for y in values])
+            names.get(stage, stage): ([x + start.get(stage, 0) for x in steps], [factor * y for y in values])
             for stage, (steps, values) in series[key].items()
         }
-        return curve(shown, title, "updates since the start", unit, list(STAGES.values()))
+        return curve(shown, title, "updates since the start", unit, colors)
 
-    names = {stage: STAGES.get(stage, stage) for stage in series.get("loss", {})}
     losses = [
-        curve({names[stage]: points}, f"Loss, {names[stage]}", "updates", "", list(STAGES.values()))
+        curve({(name := names.get(stage, stage)): points}, f"Loss, {name}", "updates", "", colors)
         for stage, points in series.get("loss", {}).items()
     ]
     main = losses + [chart(key) for key in CHARTS if key in series]

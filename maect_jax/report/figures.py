@@ -95,7 +95,7 @@ def data_address(file: bytes) -> str:
 def reconstruction_grid(
     original: np.ndarray, masked: np.ndarray, reconstructed: np.ndarray, min_side: int = 96
 ) -> np.ndarray:
-    """What MAE saw, what it made of it, and the truth: a row a picture.
+    """What the autoencoder saw, what it made of it, and the truth: a row a picture.
 
     Args:
       original, masked, reconstructed: uint8 [n, h, w, c], n >= 1.

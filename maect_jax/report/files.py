@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from etils import epath
 
-STAGES = {"pretrain": "MAE", "control": "control", "head": "head", "tune": "MAE-CT"}  # in the order they are shown
+STAGES = ("pretrain", "control", "head", "tune")  # in the order they are shown
 KINDS = {"uint8": "u", "int": "iu", "float": "f", "bool": "b", "str": "U"}  # NumPy's letters for what is accepted
 
 
@@ -75,7 +75,7 @@ def read_stages(
 ) -> Iterator[tuple[str, Any]]:
     """(stage, what `build` makes of it) of every readable `{kind}_{stage}.npz`, in the order stages are shown.
 
-    MAE and MAE-CT are looked for even where they have no file, unless only other weights were evaluated.
+    Those before and after tuning are looked for even where they have no file, unless only other weights were evaluated.
     """
     found = {path.name.removeprefix(f"{kind}_").removesuffix(".npz") for path in folder.glob(f"{kind}_*.npz")}
     if not found or found & {"pretrain", "tune"}:
@@ -88,7 +88,7 @@ def read_stages(
 
 def order_stages(stages: Iterable[str]) -> list[str]:
     """Stages of a run as they follow each other, then all other weights by name."""
-    return sorted(stages, key=lambda stage: (list(STAGES).index(stage) if stage in STAGES else len(STAGES), stage))
+    return sorted(stages, key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
 
 
 def check_arrays(**arrays: tuple[np.ndarray, str, str]) -> None:

@@ -18,6 +18,7 @@ from etils import epath
 from maect_jax.errors import DataError
 from maect_jax.report import charts, maps, pictures, results
 from maect_jax.report.files import STAGES, count_text, number, parse_mapping, read_lines, read_text
+from maect_jax.report.names import column_names, method_of, stage_names
 
 
 def write_report(workdir: str | os.PathLike) -> epath.Path:
@@ -64,16 +65,18 @@ def _context(root: epath.Path) -> dict[str, Any]:
     metrics, torn_metrics = read_lines(root / "metrics.jsonl")
     records, torn_results = read_lines(root / "results.jsonl")
     entries = results.read_entries(records)
-    series = charts.metric_series(metrics)
-    main_charts, more_charts = ([charts.inline(svg) for svg in part] for part in charts.training_charts(series))
+    series, names = charts.metric_series(metrics), stage_names(config)
+    main_charts, more_charts = ([charts.inline(svg) for svg in part] for part in charts.training_charts(series, names))
     folder, reasons = root / "figures", {}
+    in_parts = method_of(config) == "emae" or any(folder.glob("parts_*.npz"))
     chapters = {
-        "neighbors": pictures.neighbors(folder, reasons),
-        "clusters": pictures.clusters(folder, reasons),
-        "scatter": maps.scatters(folder, reasons),
-        "confusion": maps.confusions(folder, reasons),
-        "attention": pictures.attention(folder, reasons),
+        "neighbors": pictures.neighbors(folder, names, reasons),
+        "clusters": pictures.clusters(folder, names, reasons),
+        "scatter": maps.scatters(folder, names, reasons),
+        "confusion": maps.confusions(folder, names, reasons),
+        "attention": pictures.attention(folder, names, reasons),
         "reconstruction": pictures.reconstructions(folder, reasons),
+        "parts": pictures.parts(folder, reasons) if in_parts else None,
     }
     absent: dict[str, str] = {}
     for file, reason in reasons.items():
@@ -83,13 +86,14 @@ def _context(root: epath.Path) -> dict[str, Any]:
         "name": str(config.get("name") or root.name or "run"),
         "facts": _facts(config),
         "shared": _shared(root),
-        "table": results.make_table(entries),
-        "layers": results.layer_charts(entries),
+        "table": results.make_table(entries, names),
+        "layers": results.layer_charts(entries, names),
         "colors": maps.COLORS,
         "charts": main_charts,
         "more_charts": more_charts,
         "not_finite": sum(not math.isfinite(y) for stages in series.values() for xy in stages.values() for y in xy[1]),
-        "stages": _stages(root, config, metrics),
+        "names": names,
+        "stages": _stages(root, config, metrics, column_names(names)),
         "config": config_text,
         "environment": parse_mapping(read_text(root / "environment.json")),
         "absent": absent,
@@ -105,16 +109,18 @@ def _shared(root: epath.Path) -> dict[str, Any] | None:
     return {"count": found[-1]["shared"], "of": number(found[-1].get("test_pictures"))} if found else None
 
 
-def _stages(root: epath.Path, config: dict[str, Any], metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _stages(
+    root: epath.Path, config: dict[str, Any], metrics: list[dict[str, Any]], columns: dict[str, str]
+) -> list[dict[str, Any]]:
     """A row a stage that the config names or that left a trace."""
     done = {path.parent.name: parse_mapping(read_text(path)) for path in root.glob("*/DONE.json")}
     log: dict[str, list[dict]] = {}
     for line in metrics:
         log.setdefault(str(line.get("stage")), []).append(line)
     planned = re.findall(r"\w+", str(config.get("stages", "")))
-    names = [name for name in STAGES if name in planned or name in done or name in log]
+    shown = [name for name in STAGES if name in planned or name in done or name in log]
     rows = []
-    for name in names + sorted((done.keys() | log.keys()) - STAGES.keys()):
+    for name in shown + sorted((done.keys() | log.keys()) - set(STAGES)):
         settings = config.get(name) if isinstance(config.get(name), dict) else {}
         marker = done.get(name, {})
         clocks = [[number(line.get(key)) for line in log.get(name, [])] for key in ("time", "step")]
@@ -122,7 +128,7 @@ def _stages(root: epath.Path, config: dict[str, Any], metrics: list[dict[str, An
         seconds = number(marker.get("seconds"))
         rows.append(
             {
-                "name": results.COLUMNS.get(name, name),
+                "name": columns.get(name, name),
                 "state": "finished" if name in done else "not finished" if name in log else "not run",
                 "epochs": settings.get("epochs"),
                 "batch": settings.get("batch"),

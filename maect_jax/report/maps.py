@@ -1,6 +1,7 @@
 """The chapters of a report that show how classes lie to each other: a map of the features, and confusions."""
 
 import io
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from scipy.spatial import cKDTree
 
 from maect_jax.report.figures import OTHER_CLASS, SAME_CLASS, data_address
 from maect_jax.report.files import check_arrays, class_name, read_stages
-from maect_jax.report.pictures import main_and_more, stage_names
+from maect_jax.report.pictures import called, main_and_more
 
 COLORS = 20  # in the style sheet; class 20 has the colour of class 0
 MAX_DOTS = 4000
@@ -20,14 +21,14 @@ MOST_FREQUENT = 5
 SIDE, MARGIN = 400, 10  # of the map, in units of its own
 
 
-def scatters(folder: epath.Path, absent: dict[str, str]) -> dict[str, Any] | None:
+def scatters(folder: epath.Path, names: Mapping[str, str], absent: dict[str, str]) -> dict[str, Any] | None:
     """Maps of the same test pictures, a map a stage, with one legend."""
     parts: list[dict[str, Any]] = []
     for stage, part in read_stages(folder, "scatter", ("xy", "label", "classes"), _scatter, absent):
         if parts and part["classes"] != parts[0]["classes"]:
             absent[f"scatter_{stage}"] = f"figures/scatter_{stage}.npz has other classes than the maps before it."
         else:
-            parts.append(stage_names(stage) | part)
+            parts.append(called(stage, names) | part)
     return main_and_more(parts) | {"classes": parts[0]["classes"]} if parts else None
 
 
@@ -68,10 +69,12 @@ def _nearest_of_same_class(xy: np.ndarray, label: np.ndarray) -> str:
     return f"{100 * (label[nearest] == label).mean():.0f}"
 
 
-def confusions(folder: epath.Path, absent: dict[str, str]) -> dict[str, list[dict[str, Any]]] | None:
+def confusions(
+    folder: epath.Path, names: Mapping[str, str], absent: dict[str, str]
+) -> dict[str, list[dict[str, Any]]] | None:
     """What was taken for what, a matrix a stage."""
     parts = read_stages(folder, "confusion", ("matrix", "classes", "source"), _confusion, absent)
-    found = [stage_names(stage) | part for stage, part in parts]
+    found = [called(stage, names) | part for stage, part in parts]
     return main_and_more(found) if found else None
 
 

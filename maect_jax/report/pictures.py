@@ -1,6 +1,6 @@
-"""The chapters of a report that show pictures: neighbours, clusters, attention and reconstructions."""
+"""The chapters of a report that show pictures: neighbours, clusters, attention, reconstructions, whole and by parts."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import matplotlib
@@ -8,22 +8,23 @@ import numpy as np
 from etils import epath
 
 from maect_jax.report.figures import as_rgb, data_address, resize, to_jpeg, to_png
-from maect_jax.report.files import STAGES, check_arrays, class_name, read_arrays, read_stages
+from maect_jax.report.files import check_arrays, class_name, read_arrays, read_stages
 
 # A page that fits into a mail: more of each than this is not shown, and the caption says so.
 MAX_QUERIES, MAX_CLUSTERS, MAX_PER_CLUSTER, MAX_ATTENTION, MAX_HEADS, MAX_RECONSTRUCTIONS = 12, 20, 8, 6, 6, 12
+MAX_IN_PARTS, MAX_PARTS = 6, 4
 WHEN = {"pretrain": "Before tuning", "control": "Trained on", "tune": "After tuning"}
 SHARP = 48  # pixels a side; up to this a picture is enlarged in sharp squares and kept without loss
 PICTURE = "height width channels"
 
 
-def stage_names(stage: str) -> dict[str, str]:
+def called(stage: str, names: Mapping[str, str]) -> dict[str, str]:
     """What a stage is called above its pictures."""
-    return {"stage": stage, "when": WHEN.get(stage, "Weights"), "name": STAGES.get(stage, stage.replace("_", " "))}
+    return {"stage": stage, "when": WHEN.get(stage, "Weights"), "name": names.get(stage, stage.replace("_", " "))}
 
 
 def main_and_more(parts: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What is compared first, MAE and MAE-CT, and what is folded away: the control and other weights."""
+    """What is compared first, before and after tuning, and what is folded away: the control and other weights."""
     main = [part for part in parts if part["stage"] in ("pretrain", "tune")] or parts
     return {"main": main, "more": [part for part in parts if part not in main]}
 
@@ -35,7 +36,7 @@ def _image(picture: np.ndarray, max_side: int) -> dict[str, Any]:
     return {"src": data_address(to_png(picture) if sharp else to_jpeg(picture)), "sharp": sharp}
 
 
-def _of_same_queries(parts: Iterable[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+def _of_same_queries(parts: Iterable[tuple[str, dict[str, Any]]], names: Mapping[str, str]) -> list[dict[str, Any]]:
     """Stages that show the same queries, together: groups of {'queries', 'count', 'main', 'more'}."""
     groups: list[dict[str, Any]] = []
     for stage, part in parts:
@@ -43,14 +44,14 @@ def _of_same_queries(parts: Iterable[tuple[str, dict[str, Any]]]) -> list[dict[s
         group = next((group for group in groups if (group["queries"], group["count"]) == (queries, count)), None)
         if group is None:
             groups.append(group := {"queries": queries, "count": count, "parts": []})
-        group["parts"].append(stage_names(stage) | part)
+        group["parts"].append(called(stage, names) | part)
     return [group | main_and_more(group.pop("parts")) for group in groups]
 
 
-def neighbors(folder: epath.Path, absent: dict[str, str]) -> list[dict[str, Any]]:
+def neighbors(folder: epath.Path, names: Mapping[str, str], absent: dict[str, str]) -> list[dict[str, Any]]:
     """Groups of the same queries, each with one strip of neighbours for every stage that has them."""
-    names = ("query", "neighbor", "query_label", "neighbor_label", "similarity", "classes")
-    return _of_same_queries(read_stages(folder, "neighbors", names, _strip, absent))
+    arrays = ("query", "neighbor", "query_label", "neighbor_label", "similarity", "classes")
+    return _of_same_queries(read_stages(folder, "neighbors", arrays, _strip, absent), names)
 
 
 def _strip(query, neighbor, query_label, neighbor_label, similarity, classes) -> dict[str, Any]:
@@ -80,10 +81,12 @@ def _frame(same: bool, known: bool) -> str:
     return ("same" if same else "other") if known else "plain"
 
 
-def clusters(folder: epath.Path, absent: dict[str, str]) -> dict[str, list[dict[str, Any]]] | None:
+def clusters(
+    folder: epath.Path, names: Mapping[str, str], absent: dict[str, str]
+) -> dict[str, list[dict[str, Any]]] | None:
     """A grid a stage, a row a cluster, its most central pictures first."""
-    names = ("picture", "label", "valid", "cluster_class", "size", "purity", "classes")
-    grids = [stage_names(stage) | grid for stage, grid in read_stages(folder, "clusters", names, _clusters, absent)]
+    arrays = ("picture", "label", "valid", "cluster_class", "size", "purity", "classes")
+    grids = [called(stage, names) | grid for stage, grid in read_stages(folder, "clusters", arrays, _clusters, absent)]
     return main_and_more(grids) if grids else None
 
 
@@ -115,10 +118,10 @@ def _clusters(picture, label, valid, cluster_class, size, purity, classes) -> di
     return {"rows": rows, "count": len(picture), "columns": columns, "right": right, "total": total}
 
 
-def attention(folder: epath.Path, absent: dict[str, str]) -> list[dict[str, Any]]:
+def attention(folder: epath.Path, names: Mapping[str, str], absent: dict[str, str]) -> list[dict[str, Any]]:
     """Groups of the same pictures, each with a row of heat maps for every stage that has them."""
-    names = ("picture", "attention", "label", "classes")
-    return _of_same_queries(read_stages(folder, "attention", names, _attention, absent))
+    arrays = ("picture", "attention", "label", "classes")
+    return _of_same_queries(read_stages(folder, "attention", arrays, _attention, absent), names)
 
 
 def _attention(picture, attention, label, classes) -> dict[str, Any]:
@@ -137,7 +140,13 @@ def _attention(picture, attention, label, classes) -> dict[str, Any]:
     rows = []
     for i in shown:
         maps_agg = [attention[i].mean(0), *attention[i, :MAX_HEADS]]
-        rows.append([_heat(map_gg) | {"name": name} for name, map_gg in zip(names, maps_agg)])
+        tops = [float(map_gg.max()) for map_gg in maps_agg]
+        rows.append(
+            [
+                {"name": name, "src": _heat(map_gg, top), "top": f"{100 * top:.2g} %"}
+                for name, map_gg, top in zip(names, maps_agg, tops)
+            ]
+        )
     queries = [
         _image(picture[i], 160)
         | {"grey": _image(_grey(picture[i]), 160)["src"], "label": class_name(classes, label[i])}
@@ -151,11 +160,10 @@ def _grey(picture: np.ndarray) -> np.ndarray:
     return as_rgb(picture).mean(-1, keepdims=True).astype(np.uint8)
 
 
-def _heat(map_gg: np.ndarray) -> dict[str, str]:
-    """A map of attention as a picture of one pixel a patch, dark to bright up to its largest value."""
-    top = float(map_gg.max())
+def _heat(map_gg: np.ndarray, top: float) -> str:
+    """A map as the address of a picture of one pixel a patch, dark at 0 to bright at `top`."""
     heat_ggc = matplotlib.colormaps["inferno"](map_gg / top if top else map_gg, bytes=True)[..., :3]
-    return {"src": data_address(to_png(heat_ggc)), "top": f"{100 * top:.2g} %"}
+    return data_address(to_png(heat_ggc))
 
 
 def reconstructions(folder: epath.Path, absent: dict[str, str]) -> dict[str, Any] | None:
@@ -169,3 +177,73 @@ def _triplets(*parts: np.ndarray) -> dict[str, Any]:
     check_arrays(masked=masked, reconstructed=reconstructed, original=original)
     shown = range(min(len(parts[0]), MAX_RECONSTRUCTIONS))
     return {"triplets": [[_image(part[i], 192) for part in parts] for i in shown], "count": len(parts[0])}
+
+
+def parts(folder: epath.Path, absent: dict[str, str]) -> dict[str, Any] | None:
+    """What each part of a picture shows, what is made of it before and after training, and how far the parts differ."""
+    names = ("original", "seen", "completed", "disagreement", "mean_disagreement", "error", "parts")
+    read = {when: read_arrays(folder / f"parts_{when}.npz", names, _parts, absent) for when in ("before", "after")}
+    found = {when: part for when, part in read.items() if part is not None}
+    if len(found) == 2 and not all(np.array_equal(*(part[of] for part in found.values())) for of in ("seen", "parts")):
+        absent["parts_before"] = "figures/parts_before.npz has other pictures or other parts than parts_after.npz."
+        del found["before"]
+    if not found:
+        return None
+    *_, last = found.values()
+    count = int(last["parts"])
+    top = max(float(part["disagreement"][:MAX_IN_PARTS].max()) for part in found.values())
+
+    def row(when: str, i: int) -> dict[str, Any]:
+        map_gg = found[when]["disagreement"][i]
+        completed = [_image(picture, 128) for picture in found[when]["completed"][i, :MAX_PARTS]]
+        heat = _heat(map_gg, top) if count > 2 else None
+        return {"when": when, "completed": completed, "heat": heat, "mean": f"{map_gg.mean():.3g}"}
+
+    return {
+        "pictures": [
+            {
+                "original": _image(last["original"][i], 128),
+                "seen": [_image(picture, 128) for picture in last["seen"][i, :MAX_PARTS]],
+                "rows": [row(when, i) for when in found],
+            }
+            for i in range(min(len(last["original"]), MAX_IN_PARTS))
+        ],
+        "count": len(last["original"]),
+        "parts": count,
+        "shown_parts": min(last["seen"].shape[1], MAX_PARTS),
+        "when": list(found),
+        "numbers": _numbers_of_parts(list(found.values())) if count > 2 else [],
+        "top": f"{top:.3g}",
+        "scale": _heat(np.linspace(0, 1, 64)[None], 1.0),
+    }
+
+
+def _parts(original, seen, completed, disagreement, mean_disagreement, error, parts) -> dict[str, np.ndarray]:
+    """The arrays of one file of parts, where they are what they should be."""
+    check_arrays(
+        original=(original, "uint8", f"pictures {PICTURE}"),
+        seen=(seen, "uint8", f"pictures parts {PICTURE}"),
+        completed=(completed, "uint8", f"pictures parts {PICTURE}"),
+        disagreement=(disagreement, "float", "pictures grid grid"),
+        mean_disagreement=(mean_disagreement, "float", ""),
+        error=(error, "float", ""),
+        parts=(parts, "int", ""),
+    )
+    for name, array in {"disagreement": disagreement, "mean_disagreement": mean_disagreement, "error": error}.items():
+        if not (np.isfinite(array).all() and (array >= 0).all()):
+            raise ValueError(f"{name} must be finite and not negative")
+    if parts < seen.shape[1]:
+        raise ValueError(f"parts must be at least the {seen.shape[1]} that are shown; it is {parts}")
+    arrays = {"original": original, "seen": seen, "completed": completed, "parts": parts}
+    return arrays | {"disagreement": disagreement, "mean_disagreement": mean_disagreement, "error": error}
+
+
+def _numbers_of_parts(found: list[dict[str, np.ndarray]]) -> list[tuple[str, list[str]]]:
+    """Disagreement, error and their ratio in each file, rows of a table."""
+    apart, error = ([float(part[name]) for part in found] for name in ("mean_disagreement", "error"))
+    ratio = [f"{a / e:.3g}" if e else "–" for a, e in zip(apart, error)]
+    return [
+        ("Disagreement", [f"{value:.3g}" for value in apart]),
+        ("Error, root of its mean square", [f"{value:.3g}" for value in error]),
+        ("Disagreement over error", ratio),
+    ]

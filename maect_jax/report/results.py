@@ -7,15 +7,14 @@ settings, each has a row of its own that says in what it differs.
 import json
 import re
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from maect_jax.report import charts
-from maect_jax.report.files import STAGES, number, order_stages
+from maect_jax.report.files import number, order_stages
+from maect_jax.report.names import RAW, column_names
 
-RAW = "tune, raw"
-COLUMNS = STAGES | {"control": "MAE, trained on instead (control)", RAW: "MAE-CT, raw weights"}
 EVALUATIONS = {  # in the order in which they are shown; others follow under their own names
     "knn": "Nearest neighbours vote (k-NN)",
     "linear": "Linear probe",
@@ -139,8 +138,14 @@ def _note(entry: Entry, differing: list[str]) -> str:
     return f"{', '.join(fields)}{more}"
 
 
-def make_table(entries: Iterable[Entry]) -> dict[str, Any] | None:
-    """Groups of rows, columns, and every setting behind them; None without a number."""
+def make_table(entries: Iterable[Entry], names: Mapping[str, str]) -> dict[str, Any] | None:
+    """Groups of rows, columns, and every setting behind them; None without a number.
+
+    Args:
+      entries: from `read_entries`.
+      names: stage -> its name; see `names.stage_names`.
+    """
+    columns = column_names(names)
     named: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in entries:
         if entry.evaluation != LAYERS:
@@ -148,18 +153,18 @@ def make_table(entries: Iterable[Entry]) -> dict[str, Any] | None:
     if not named:
         return None
     present = {entry.stage for group in named.values() for entry in group}
-    stages = sorted(order_stages(present), key=lambda stage: [*COLUMNS, stage].index(stage))
+    stages = sorted(order_stages(present), key=lambda stage: [*columns, stage].index(stage))
     against = [stage for stage in ("pretrain", "control") if stage in present and "tune" in present]
     groups: dict[str, list[dict[str, Any]]] = {name: [] for name in EVALUATIONS}
     for key, group in named.items():
         parts, differing = _variants(group)
         groups.setdefault(key[0], []).extend(_row(part, stages, against, _note(part[0], differing)) for part in parts)
     return {
-        "stages": [(stage, COLUMNS.get(stage, stage)) for stage in stages],
-        "against": [(stage, STAGES[stage]) for stage in against],
+        "stages": [(stage, columns.get(stage, stage)) for stage in stages],
+        "against": [(stage, names[stage]) for stage in against],
         "groups": [(EVALUATIONS.get(name, name), _one_name(rows), rows) for name, rows in groups.items() if rows],
-        "headline": _headline(groups["knn"]),
-        "protocols": _protocols(named.values()),
+        "headline": _headline(groups["knn"], names),
+        "protocols": _protocols(named.values(), columns),
     }
 
 
@@ -234,7 +239,7 @@ def _spread(entries: list[Entry], percent: bool) -> list[str]:
     return lines
 
 
-def _protocols(groups: Iterable[list[Entry]]) -> list[dict[str, Any]]:
+def _protocols(groups: Iterable[list[Entry]], columns: Mapping[str, str]) -> list[dict[str, Any]]:
     """Every setting behind the rows, a column a stage."""
     alike: dict[tuple[str, str, str], list[Entry]] = {}
     for entry in (entry for group in groups for entry in group):
@@ -252,7 +257,7 @@ def _protocols(groups: Iterable[list[Entry]]) -> list[dict[str, Any]]:
         tables.append(
             {
                 "title": ": ".join(filter(None, (EVALUATIONS.get(evaluation, evaluation), name))),
-                "stages": [COLUMNS.get(stage, stage) for stage in stages],
+                "stages": [columns.get(stage, stage) for stage in stages],
                 "settings": [(key, [_short(told[stage].get(key, "–")) for stage in stages]) for key in keys],
             }
         )
@@ -263,17 +268,18 @@ def _short(text: str) -> str:
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]} …"
 
 
-def _headline(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first row of k-NN accuracy that has a value for MAE and for MAE-CT."""
+def _headline(rows: list[dict[str, Any]], names: Mapping[str, str]) -> dict[str, Any] | None:
+    """The first row of k-NN accuracy that has a value from before tuning and from after it."""
     for row in rows:
         if row["key"] == "accuracy" and row["unit"] == "%" and {"pretrain", "tune"} <= row["show"].keys():
             stages = [stage for stage in ("pretrain", "control", "tune") if stage in row["show"]]
-            return row | {"tiles": [(STAGES[stage], row["show"][stage]) for stage in stages]}
+            return row | {"tiles": [(names[stage], row["show"][stage]) for stage in stages]}
     return None
 
 
-def layer_charts(entries: Iterable[Entry]) -> list[dict[str, Any]]:
-    """k-NN accuracy after each block, a line a stage; a chart for each set of equal settings."""
+def layer_charts(entries: Iterable[Entry], names: Mapping[str, str]) -> list[dict[str, Any]]:
+    """k-NN accuracy after each block, a line a stage; a chart for each set of equal settings; see `make_table`."""
+    known = {**column_names(names), **names}
     metrics: dict[str, list[Entry]] = {}
     for entry in entries:
         if entry.evaluation == LAYERS and re.fullmatch(r"\d{1,4}", entry.protocol.get("block", "")):
@@ -286,14 +292,12 @@ def layer_charts(entries: Iterable[Entry]) -> list[dict[str, Any]]:
             for entry in part:
                 values.setdefault(entry.stage, {}).setdefault(int(entry.protocol["block"]), []).append(entry.value)
             mean = {
-                (COLUMNS | STAGES).get(stage, stage): {
-                    block: statistics.fmean(of) for block, of in sorted(values[stage].items())
-                }
+                known.get(stage, stage): {block: statistics.fmean(of) for block, of in sorted(values[stage].items())}
                 for stage in order_stages(values)
             }
             lines = {name: (list(of), [100 * value for value in of.values()]) for name, of in mean.items()}
             title = f"k-NN {_metric(metric)} after each block"
-            svg = charts.curve(lines, title, "block", "%", list(STAGES.values()))
+            svg = charts.curve(lines, title, "block", "%", list(names.values()))
             blocks = sorted({block for of in mean.values() for block in of})
             rows = [
                 (block, [_show(of[block], True) if block in of else "–" for of in mean.values()]) for block in blocks

@@ -125,7 +125,32 @@ def make_reconstruction(path: Path, count: int = 6, side: int = 48) -> None:
     np.savez(path, original=original, masked=masked, reconstructed=blurred)
 
 
-def metric_lines() -> list[dict]:
+def make_parts(
+    path: Path, seed: int, count: int = 3, shown: int = 4, parts: int = 4, side: int = 48, grid: int = 6
+) -> dict:
+    """Write a file of pictures in parts, the same pictures for every seed; returns its arrays."""
+    rng, patch = np.random.default_rng(seed), side // grid
+    original = np.stack([picture(i % 4, 70 + i, side) for i in range(count)])
+    block = np.random.default_rng(4).permuted(np.tile(np.arange(grid**2) % parts, (count, 1)), axis=1)
+    hidden = np.stack([block != k for k in range(shown)], axis=1).reshape(count, shown, grid, grid)
+    hidden = hidden.repeat(patch, 2).repeat(patch, 3)[..., None]
+    noisy = original[:, None] + rng.integers(-40, 40, (count, shown, side, side, 3))
+    disagreement = rng.gamma(4, 0.02 * seed, (count, grid, grid)).astype(np.float32)
+    arrays = {
+        "original": original,
+        "seen": np.where(hidden, 128, original[:, None]).astype(np.uint8),
+        "completed": np.where(hidden, np.clip(noisy, 0, 255), original[:, None]).astype(np.uint8),
+        "disagreement": disagreement,
+        "mean_disagreement": disagreement.mean(),
+        "error": np.float32(0.3 + 0.2 * seed),
+        "parts": np.array(parts),
+    }
+    np.savez(path, **arrays)
+    return arrays
+
+
+def metric_lines(method: str = "mae") -> list[dict]:
+    """Of every stage; 'emae' logs how its parts do, too."""
     rng = np.random.default_rng(0)
     clock, lines = 1.75e9, []
     for stage, length in LENGTH.items():
@@ -143,6 +168,8 @@ def metric_lines() -> list[dict]:
             line["gradient_norm"] = 0.8 + 2 * math.exp(-9 * t) + 0.1 * rng.normal()
             if stage in ("pretrain", "control"):
                 line["loss"] = 0.62 * (stage == "pretrain") * math.exp(-5 * t) + 0.4 + 0.01 * rng.normal()
+                if method == "emae":
+                    line |= {"reconstruction_loss": line["loss"] - 0.05, "disagreement": 0.1, "disagreement_ratio": 0.2}
             else:
                 line["loss"] = 5.5 - 1.6 * t**0.5 + 0.05 * rng.normal()
                 line["neighbor_accuracy"] = 0.3 + 0.3 * t + 0.01 * rng.normal()
@@ -223,8 +250,8 @@ def write_lines(path: Path, lines: list[dict]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def make_workdir(path: Path) -> Path:
-    """The folder of a made-up finished run."""
+def make_workdir(path: Path, method: str = "mae") -> Path:
+    """The folder of a made-up finished run that pre-trained by that method."""
     (path / "figures").mkdir(parents=True)
     config = {
         "name": "mae_ct_vits_imagenette",
@@ -232,14 +259,14 @@ def make_workdir(path: Path) -> Path:
         "stages": ["pretrain", "control", "head", "tune", "evaluate"],
         "model": {"width": 384, "depth": 12, "heads": 6, "patch": 8, "image_size": 96},
         "data": {"train": "imagenette/train", "test": "imagenette/validation"},
-        "pretrain": {"epochs": 100, "batch": 1024, "mask_ratio": 0.75},
+        "pretrain": {"method": method, "epochs": 100, "batch": 1024, "mask_ratio": 0.75},
         "head": {"epochs": 8, "batch": 1024},
         "tune": {"epochs": 16, "batch": 1024, "note": HOSTILE},
     }
     (path / "config.resolved.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (path / "environment.json").write_text(json.dumps({"jax": "0.10.0", "device": "8 x TPU v5e", "note": HOSTILE}))
     (path / "data.json").write_text(json.dumps({"train": "aa11", "test": "bb22", "shared": 0}))
-    write_lines(path / "metrics.jsonl", metric_lines())
+    write_lines(path / "metrics.jsonl", metric_lines(method))
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "tune", "step": 400, "lo')
     write_lines(path / "results.jsonl", result_records())
@@ -254,6 +281,9 @@ def make_workdir(path: Path) -> Path:
         make_attention(path / f"figures/attention_{stage}.npz", seed)
         make_confusion(path / f"figures/confusion_{stage}.npz", share, seed)
     make_reconstruction(path / "figures/reconstruction.npz")
+    if method == "emae":
+        for seed, when in ((3, "before"), (1, "after")):
+            make_parts(path / f"figures/parts_{when}.npz", seed)
     return path
 
 

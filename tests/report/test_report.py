@@ -13,13 +13,13 @@ from made_up import (
     make_clusters,
     make_confusion,
     make_neighbors,
+    make_parts,
     make_reconstruction,
     make_scatter,
     make_workdir,
 )
 from maect_jax.errors import DataError
 from maect_jax.report import charts
-from maect_jax.report.files import STAGES
 from maect_jax.report.html import write_report
 
 
@@ -69,10 +69,10 @@ def test_every_picture_has_words_and_every_table_heads(page):
 
 def test_headline_and_counts_come_from_the_files(page, workdir):
     assert "from 42.1 % (MAE) to 67.4 % (MAE-CT): +25.3 points." in page.words
-    for stage in ("pretrain", "tune"):
+    for stage, name in (("pretrain", "MAE"), ("tune", "MAE-CT")):
         with np.load(workdir / f"figures/neighbors_{stage}.npz") as file:
             right = int((file["neighbor_label"] == file["query_label"][:, None]).sum())
-        assert f"({STAGES[stage]}) {right} of 48" in page.text
+        assert f"({name}) {right} of 48" in page.text
     start, end = page.source.index('id="neighbors"'), page.source.index('id="clusters"')
     chapter = page.source[start:end]
     assert chapter.count('class="same') + chapter.count('class="other') == 2 * 48
@@ -117,11 +117,9 @@ def test_charts_show_what_was_logged_and_nothing_else(page, tmp_path):
     start = page.source.index('id="curves"')
     titles = [svg["aria-label"] for svg in page.named("svg") if svg["aria-label"] in page.source[start:]]
     losses = ["Loss, MAE", "Loss, control", "Loss, head", "Loss, MAE-CT"]
-    assert titles[-len(losses) - len(charts.CHARTS) - 1 :] == [
-        *losses,
-        *(title for title, _, _ in charts.CHARTS.values()),
-        "queue age",
-    ]
+    of_emae = ("reconstruction_loss", "disagreement", "disagreement_ratio")
+    expected = [*losses, *(title for key, (title, _, _) in charts.CHARTS.items() if key not in of_emae), "queue age"]
+    assert titles[-len(expected) :] == expected
     lines = [{"stage": "tune", "step": step, "loss": loss} for step, loss in ((0, 1.0), (1, math.nan), (2, 2.0))]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     page = Page(write_report(tmp_path))
@@ -141,6 +139,7 @@ def test_every_missing_piece_leaves_one_sentence(tmp_path):
         for stage in ("pretrain", "tune"):
             assert f"figures/{kind}_{stage}.npz is not in this folder." in page.text
     assert not page.tables and not page.named("svg") and not page.named("img")
+    assert "parts" not in page.text  # which only EMAE has
 
 
 def test_damaged_pieces_are_named_and_the_rest_is_shown(workdir, tmp_path):
@@ -228,4 +227,6 @@ def test_ten_classes_three_stages_and_photographs_fit_into_four_megabytes(workdi
         make_attention(figures / f"attention_{stage}.npz", seed, q=8, heads=12, grid=14, side=96)
         make_confusion(figures / f"confusion_{stage}.npz", 0.5, seed, classes)
     make_reconstruction(figures / "reconstruction.npz", 12, side=192)
+    for seed, when in ((3, "before"), (1, "after")):
+        make_parts(figures / f"parts_{when}.npz", seed, 6, side=192)
     assert 1e6 < len(write_report(tmp_path).read_bytes()) < 4e6
