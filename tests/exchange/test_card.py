@@ -153,6 +153,48 @@ def test_only_what_the_provenance_tells_is_claimed(stage, origins, learned, made
     assert ("MAE-CT" in shown.text) == (links == MAECT or stage == "head")
 
 
+EMAE, DMJD = ([f"https://arxiv.org/abs/{number}"] for number in ("2302.14431", "2301.00230"))
+SELF_CONSISTENT = ["masked-autoencoder", "emae", "self-supervised-learning"]
+TUNED = {"stages": ["head", "tune"], "init_from": ""}
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "settings", "made", "tags", "links"),
+    [
+        ("pretrain", "emae", {}, "a self-consistent masked autoencoder (EMAE), the", SELF_CONSISTENT, MAECT + EMAE),
+        ("control", "emae", {"init_from": "x"}, "autoencoder (EMAE), for comparison", SELF_CONSISTENT, MAECT + EMAE),
+        ("head", "emae", TUNED, "masked autoencoder (EMAE), the first", SELF_CONSISTENT, MAE + EMAE),
+        ("tune", "emae", TUNED, "trained by EMAE-CT", ["mae-ct", *SELF_CONSISTENT], MAECT + EMAE),
+        ("tune, raw", "emae", TUNED, "trained by EMAE-CT", ["mae-ct", *SELF_CONSISTENT], MAECT + EMAE),
+        (
+            "tune",
+            "emae",
+            {"stages": ["pretrain", "head", "tune"], "init_from": "mae.pth"},
+            "trained by EMAE-CT",
+            ["mae-ct", *SELF_CONSISTENT],
+            MAECT + EMAE,
+        ),
+        ("pretrain", "disjoint", {}, "a masked autoencoder with disjoint masks, the first", MASKED, MAECT + DMJD),
+        ("tune", "disjoint", TUNED, "trained by MAE-CT", ["mae-ct", *MASKED], MAECT + DMJD),
+        ("tune", "mae", TUNED, "trained by MAE-CT", ["mae-ct", *MASKED], MAECT),
+        # pre-trained by another run, whose settings these are not
+        ("tune", "emae", TUNED | {"init_from": "earlier"}, "trained by MAE-CT", ["mae-ct", *MASKED], MAECT),
+        ("tune", ["emae"], {"stages": 3}, "trained by MAE-CT", ["mae-ct", *MASKED], MAECT),
+        ("pretrain", "{masked}<script>", {}, "pre-trained as a masked autoencoder, the first", MASKED, MAECT),
+    ],
+)
+def test_the_way_of_pretraining_is_the_one_of_the_recipe(stage, method, settings, made, tags, links, folder):
+    earlier = () if stage == "pretrain" else (EARLIER,)
+    origin = Provenance(stage=stage, derived_from=earlier, recipe={"pretrain": {"method": method}} | settings)
+    front, body = parts(render(folder, random_model(provenance=origin)))
+    shown = Shown(body)
+    assert made in shown.text and front["tags"] == [*tags, "vision-transformer"] and shown.links == links
+    assert ("EMAE" in shown.text) == (EMAE[0] in links) and shown.html == [
+        "<details><summary>Settings</summary>",
+        "</details>",
+    ]
+
+
 def test_a_decoder_tells_a_masked_autoencoder(folder):
     front, body = parts(render(folder, random_model(decoder=True), "mae"))
     assert front["tags"] == [*MASKED, "vision-transformer"] and Shown(body).links == MAE

@@ -1,21 +1,29 @@
 """What the weights of a model are, as far as their provenance tells: masked autoencoder, MAE-CT, or just a ViT.
 
-Told by the stages that this package trained and by the layouts of the files that weights were made from. An encoder's
-layout is that of any ViT with these names; MAE and MAE-CT have fixed positions, others learned ones.
+Told by the stages that this package trained, by the recipe of the run that did, and by the layouts of the files that
+weights were made from. An encoder's layout is that of any ViT with these names; MAE and MAE-CT have fixed positions,
+others learned ones.
 """
 
 from dataclasses import dataclass
 
 from maect_jax.exchange.model import Model
+from maect_jax.exchange.provenance import Provenance
 from maect_jax.finetuning.recipes import RECIPES
+from maect_jax.report.names import method_of, stage_names
 
 _MASKED_STAGES = ("pretrain", "control")
 _MASKED_LAYOUTS = ("mae_official_full", "mae_finetuned")  # and '…_pretraining'
 _ENCODER_LAYOUTS = {"mae_official_encoder": "mae", "timm_mae": "mae", "maect_encoder": "mae-ct"}  # fixed positions
 _STAGES = {
-    "pretrain": "pre-trained as a masked autoencoder, the first stage of MAE-CT",
-    "control": "trained on as a masked autoencoder, for comparison with MAE-CT",
-    "tune": "trained by MAE-CT",
+    "pretrain": "pre-trained as {masked}, the first stage of {tuned}",
+    "control": "trained on as {masked}, for comparison with {tuned}",
+    "tune": "trained by {tuned}",
+}
+_MASKED = {  # config.pretrain.method -> what is pre-trained
+    "mae": "a masked autoencoder",
+    "emae": "a self-consistent masked autoencoder (EMAE)",
+    "disjoint": "a masked autoencoder with disjoint masks",
 }
 _BEFORE = {"mae-ct": "of MAE-CT", "mae": "of a masked autoencoder", "": "of others"}
 _TAGS = {"mae-ct": "mae-ct", "mae": "masked-autoencoder"}
@@ -24,6 +32,13 @@ _METHODS = {
     "tunes it by contrast with nearest neighbours, so that its features cluster by object without a label.",
     "mae": "A masked autoencoder ([He et al. 2022](https://arxiv.org/abs/2111.06377)) learns without labels: it\n"
     "predicts the patches that were removed from a picture.",
+}
+_VARIANTS = {  # the same -> a sentence after that on the method
+    "mae": "",
+    "emae": "\nThis one is an EMAE ([Li et al. 2023](https://arxiv.org/abs/2302.14431)): the patches of a picture are\n"
+    "cut into parts, the picture is predicted from each part alone, and the predictions learn to agree.",
+    "disjoint": "\nThis one learned from two masks of a picture at a time, which hide different patches, as in DMJD\n"
+    "([Ma et al. 2022](https://arxiv.org/abs/2301.00230)).",
 }
 
 
@@ -34,7 +49,7 @@ class Lineage:
     Attributes:
       tags: for the Hub.
       made: how they were made, the end of a sentence.
-      method: a sentence on how the method works; '' where it is not known which one it is.
+      method: sentences on how the method works; '' where it is not known which one it is.
       finetuned: trained on with labels, by this package.
     """
 
@@ -48,6 +63,9 @@ def lineage_of(model: Model) -> Lineage:
     """What the provenance of a model tells of it."""
     origin = model.provenance
     own, finetuned = _plain(origin.stage), origin.stage in RECIPES
+    recipe = _recipe_of_pretraining(origin)
+    variant = method_of(recipe)
+    named = {"masked": _MASKED[variant], "tuned": stage_names(recipe)["tune"]}
     stages = {own, *(_plain(step.get("stage")) for step in origin.derived_from)}
     layouts = [str(step.get("layout", "")) for step in origin.derived_from]
     fixed = not model.encoder.learned_positions  # fine-tuned ones are learned, whatever they were before
@@ -61,13 +79,22 @@ def lineage_of(model: Model) -> Lineage:
     if finetuned:
         made = f"fine-tuned with labels ('{origin.stage}') from weights {_BEFORE[method]}"
     elif own == "head" and "pretrain" in stages:  # which trains beside the encoder and leaves it as it was
-        made = _STAGES["pretrain"]
+        made = _STAGES["pretrain"].format(**named)
     else:
-        made = _STAGES.get(own, f"converted from weights {_BEFORE[method]}")
+        made = _STAGES.get(own, f"converted from weights {_BEFORE[method]}").format(**named)
     tags = [tag for name, tag in _TAGS.items() if name in kinds]
+    tags += ["emae"] if variant == "emae" and kinds else []
     tags += [*(["self-supervised-learning"] if kinds else []), "vision-transformer"]
     explained = "mae-ct" if own in _STAGES else method  # which these stages belong to
-    return Lineage(tuple(tags), made, _METHODS.get(explained, ""), finetuned)
+    sentences = _METHODS[explained] + _VARIANTS[variant] if explained else ""
+    return Lineage(tuple(tags), made, sentences, finetuned)
+
+
+def _recipe_of_pretraining(origin: Provenance) -> dict:
+    """The settings that weights were pre-trained with; {} where a run found them elsewhere, made in its own way."""
+    recipe = origin.recipe
+    begun_here = _plain(origin.stage) in _MASKED_STAGES or "pretrain" in str(recipe.get("stages"))
+    return recipe if begun_here or not recipe.get("init_from") else {}
 
 
 def _plain(stage: object) -> str:
