@@ -7,7 +7,7 @@ RAW = "tune, raw"
 _OF_METHOD = {  # config.pretrain.method -> what is pre-trained, and what tuning makes of it
     "mae": ("MAE", "MAE-CT"),
     "emae": ("EMAE", "EMAE-CT"),
-    "disjoint": ("MAE with disjoint masks", "MAE-CT"),
+    "disjoint": ("disjoint MAE", "MAE-CT"),
 }
 
 

@@ -198,7 +198,7 @@ def test_how_the_parts_did_in_training_is_charted(workdir):
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({"pretrain": {"method": "disjoint"}}, ["MAE with disjoint masks", "MAE-CT"]),
+        ({"pretrain": {"method": "disjoint"}}, ["disjoint MAE", "MAE-CT"]),
         ({"pretrain": {"method": "mae"}}, ["MAE", "MAE-CT"]),
         ({"pretrain": {"epochs": 1}}, ["MAE", "MAE-CT"]),
         ({"pretrain": {"method": HOSTILE}}, ["MAE", "MAE-CT"]),
