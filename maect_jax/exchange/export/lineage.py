@@ -35,10 +35,11 @@ _METHODS = {
 }
 _VARIANTS = {  # the same -> a sentence after that on the method
     "mae": "",
-    "emae": "\nThis one is an EMAE ([Li et al. 2023](https://arxiv.org/abs/2302.14431)): the patches of a picture are\n"
-    "cut into parts, the picture is predicted from each part alone, and the predictions learn to agree.",
-    "disjoint": "\nThis one learned from two masks of a picture at a time, which hide different patches, as in DMJD\n"
-    "([Ma et al. 2022](https://arxiv.org/abs/2301.00230)).",
+    "emae": "\nHere the masked autoencoder is EMAE ([Li et al. 2023](https://arxiv.org/abs/2302.14431)): the patches\n"
+    "of a picture are cut into parts, it is predicted from each part alone, and the predictions learn to agree.\n"
+    "MAE-CT that starts from it is EMAE-CT.",
+    "disjoint": "\nHere the masked autoencoder learned from two masks of a picture at a time, which hide different\n"
+    "patches, as in DMJD ([Ma et al. 2022](https://arxiv.org/abs/2301.00230)).",
 }
 
 
