@@ -15,7 +15,7 @@ from maect_jax.config import TRAINED, plain
 from maect_jax.context import Run
 from maect_jax.errors import CheckpointError, ConfigError
 from maect_jax.exchange.files import Opened
-from maect_jax.exchange.provenance import Provenance, from_dict, trained, without_place
+from maect_jax.exchange.provenance import Provenance, from_dict, pretraining_method, trained, without_place
 from maect_jax.models.vit import join_blocks
 from maect_jax.parallel.mesh import replicated
 from maect_jax.results.record import weights_hash
@@ -204,6 +204,7 @@ def _from_run(run: Run, stage: str) -> tuple[dict, Provenance | None, dict | Non
         sources["params"] = {name: parts["params"][name] for name in ("projector", "predictor")}
     done, provenance = read_done(folder), provenance_of(found)
     origin = {"name": provenance.recipe.get("name", folder.parent.name), "stage": folder.name, "step": done["step"]}
+    origin |= {"method": method} if (method := pretraining_method(provenance)) else {}
     return sources, provenance, origin | {"sha256": done["weights"], "license": provenance.license}, str(found)
 
 

@@ -15,6 +15,7 @@ from maect_jax.config import TRAINED, plain, updates_of
 from maect_jax.context import Run
 from maect_jax.data.batches.training import training_batches
 from maect_jax.evaluation.health import health
+from maect_jax.exchange.provenance import from_dict, pretraining_method
 from maect_jax.foreign import file_hash
 from maect_jax.handover import encoder_of, evaluated_folders, parts_of, read_done, stage_sources
 from maect_jax.parallel.mesh import batch_sharding
@@ -120,6 +121,7 @@ def run_training_stage(run: Run, stage: str) -> None:
         evaluate.save_parts(run, state.params, "after")
     if run.leader:
         done = {"stage": stage, "step": int(state.step), "seconds": round(seconds, 1)}
+        done["pretraining"] = pretraining_method(from_dict(provenance or {}))
         done["weights"] = weights_hash(encoder_of(parts_of(state)))
         write_json(folder / "DONE.json", done)
 

@@ -32,7 +32,7 @@ class Provenance:
       license: SPDX identifier or text; `OWN`, `UNKNOWN` or `NONE_STATED` where there is none.
       license_source: who says so.
       derived_from: what the weights were made from, the nearest first: dicts with 'name', 'sha256', 'license' and
-        'layout' or 'stage'.
+        'layout' or 'stage'; 'method' where it is known how they were pre-trained.
       trained_on: name of the training pictures, '' where it is not known.
       recipe: settings of the training, as `config.resolved.yaml`; {} where they are not known.
       stage, step: of the training; '' and None for weights of others.
@@ -64,6 +64,15 @@ def from_dict(values: Mapping[str, Any]) -> Provenance:
             kept[item.name] = value
     kept["derived_from"] = tuple(step for step in kept.get("derived_from", ()) if isinstance(step, dict))
     return Provenance(**kept)
+
+
+def pretraining_method(provenance: Provenance) -> str:
+    """`config.pretrain.method` of the run that pre-trained the weights; '' where that is not known."""
+    recipe = provenance.recipe
+    begun_here = provenance.stage in ("pretrain", "control") or "pretrain" in str(recipe.get("stages"))
+    if (begun_here or not recipe.get("init_from")) and isinstance(recipe.get("pretrain"), dict):
+        return str(recipe["pretrain"].get("method", "mae"))  # older recipes do not say: there was no other
+    return next((str(step["method"]) for step in provenance.derived_from if step.get("method")), "")
 
 
 def without_place(name: str) -> str:

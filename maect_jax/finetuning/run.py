@@ -20,7 +20,7 @@ from maect_jax.data.sources.base import Source
 from maect_jax.data.sources.subset import SubsetSource
 from maect_jax.errors import CheckpointError
 from maect_jax.evaluation.rows import round_up
-from maect_jax.exchange.provenance import Provenance, trained, without_place
+from maect_jax.exchange.provenance import Provenance, pretraining_method, trained, without_place
 from maect_jax.finetuning.epochs import Epochs, Monitor, make_scorer
 from maect_jax.finetuning.model import Classifier, start_params
 from maect_jax.finetuning.plan import make_plan
@@ -227,6 +227,7 @@ def finetuned_from(
     """
     encoder = {"name": before.recipe.get("name", before.stage), "stage": before.stage, "step": before.step}
     encoder |= {"sha256": sha256, "license": before.license}
+    encoder |= {"method": method} if (method := pretraining_method(before)) else {}
     factor = recipe.get("ema_factor")
     average = f"exponential, {factor}" if isinstance(factor, float) else "none"
     about = {"stage": stage, "recipe": recipe, "trained_on": trained_on, "average": average}

@@ -65,10 +65,13 @@ def _context(root: epath.Path) -> dict[str, Any]:
     metrics, torn_metrics = read_lines(root / "metrics.jsonl")
     records, torn_results = read_lines(root / "results.jsonl")
     entries = results.read_entries(records)
-    series, names = charts.metric_series(metrics), stage_names(config)
+    finished = {path.parent.name: parse_mapping(read_text(path)) for path in root.glob("*/DONE.json")}
+    method = method_of(config, finished.values())
+    series, names = charts.metric_series(metrics), stage_names(method)
     main_charts, more_charts = ([charts.inline(svg) for svg in part] for part in charts.training_charts(series, names))
     folder, reasons = root / "figures", {}
-    in_parts = method_of(config) == "emae" or any(folder.glob("parts_*.npz"))
+    begun_here = method == "emae" and "pretrain" in str(config.get("stages"))
+    in_parts = begun_here or any(folder.glob("parts_*.npz"))
     chapters = {
         "neighbors": pictures.neighbors(folder, names, reasons),
         "clusters": pictures.clusters(folder, names, reasons),
@@ -93,7 +96,7 @@ def _context(root: epath.Path) -> dict[str, Any]:
         "more_charts": more_charts,
         "not_finite": sum(not math.isfinite(y) for stages in series.values() for xy in stages.values() for y in xy[1]),
         "names": names,
-        "stages": _stages(root, config, metrics, column_names(names)),
+        "stages": _stages(finished, config, metrics, column_names(names)),
         "config": config_text,
         "environment": parse_mapping(read_text(root / "environment.json")),
         "absent": absent,
@@ -110,10 +113,9 @@ def _shared(root: epath.Path) -> dict[str, Any] | None:
 
 
 def _stages(
-    root: epath.Path, config: dict[str, Any], metrics: list[dict[str, Any]], columns: dict[str, str]
+    done: dict[str, dict[str, Any]], config: dict[str, Any], metrics: list[dict[str, Any]], columns: dict[str, str]
 ) -> list[dict[str, Any]]:
-    """A row a stage that the config names or that left a trace."""
-    done = {path.parent.name: parse_mapping(read_text(path)) for path in root.glob("*/DONE.json")}
+    """A row a stage that the config names or that left a trace; `done` are the `DONE.json` of the finished ones."""
     log: dict[str, list[dict]] = {}
     for line in metrics:
         log.setdefault(str(line.get("stage")), []).append(line)

@@ -1,6 +1,6 @@
-"""What the stages of a run are called in its report: it depends on how the run pre-trains, which its settings say."""
+"""What the stages of a run are called in its report: it depends on how its weights were pre-trained."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 RAW = "tune, raw"
@@ -11,16 +11,26 @@ _OF_METHOD = {  # config.pretrain.method -> what is pre-trained, and what tuning
 }
 
 
-def method_of(config: Mapping[str, Any]) -> str:
-    """How a run pre-trains, a key of `_OF_METHOD`; MAE where the settings do not say, as all did before they could."""
+def method_of(config: Mapping[str, Any], finished: Iterable[Mapping[str, Any]] = ()) -> str:
+    """How the weights of a run were pre-trained, a key of `_OF_METHOD`.
+
+    Args:
+      config: its settings, which say so unless the run started from weights of another.
+      finished: the `DONE.json` of its stages, which know of these, too.
+    """
+    told = [str(marker["pretraining"]) for marker in finished if marker.get("pretraining")]
     settings = config.get("pretrain")
-    method = str(settings.get("method")) if isinstance(settings, Mapping) else ""
-    return method if method in _OF_METHOD else "mae"
+    return known_method(told[0] if told else settings.get("method") if isinstance(settings, Mapping) else None)
 
 
-def stage_names(config: Mapping[str, Any]) -> dict[str, str]:
+def known_method(method: object) -> str:
+    """A key of `_OF_METHOD`; MAE where it is none of them, as all were before there was a choice."""
+    return str(method) if str(method) in _OF_METHOD else "mae"
+
+
+def stage_names(method: str) -> dict[str, str]:
     """Stage -> its name, in the order in which stages are shown."""
-    pretrained, tuned = _OF_METHOD[method_of(config)]
+    pretrained, tuned = _OF_METHOD[method]
     return {"pretrain": pretrained, "control": "control", "head": "head", "tune": tuned}
 
 

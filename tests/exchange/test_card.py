@@ -195,6 +195,19 @@ def test_the_way_of_pretraining_is_the_one_of_the_recipe(stage, method, settings
     ]
 
 
+@pytest.mark.parametrize(
+    ("stage", "recipe", "made"),
+    [
+        ("tune", {"pretrain": {"method": "mae"}, "init_from": "earlier", "stages": ["head", "tune"]}, "EMAE-CT"),
+        ("mae-finetune", {"name": "mae-finetune"}, "fine-tuned with labels"),
+    ],
+)
+def test_the_way_of_pretraining_is_known_of_weights_that_another_run_pretrained(stage, recipe, made, folder):
+    origin = Provenance(stage=stage, derived_from=(EARLIER | {"method": "emae"},), recipe=recipe)
+    front, body = parts(render(folder, random_model(provenance=origin)))
+    assert "emae" in front["tags"] and made in Shown(body).text and EMAE[0] in Shown(body).links
+
+
 def test_a_decoder_tells_a_masked_autoencoder(folder):
     front, body = parts(render(folder, random_model(decoder=True), "mae"))
     assert front["tags"] == [*MASKED, "vision-transformer"] and Shown(body).links == MAE

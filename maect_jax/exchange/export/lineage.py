@@ -8,9 +8,9 @@ others learned ones.
 from dataclasses import dataclass
 
 from maect_jax.exchange.model import Model
-from maect_jax.exchange.provenance import Provenance
+from maect_jax.exchange.provenance import pretraining_method
 from maect_jax.finetuning.recipes import RECIPES
-from maect_jax.report.names import method_of, stage_names
+from maect_jax.report.names import known_method, stage_names
 
 _MASKED_STAGES = ("pretrain", "control")
 _MASKED_LAYOUTS = ("mae_official_full", "mae_finetuned")  # and '…_pretraining'
@@ -64,9 +64,8 @@ def lineage_of(model: Model) -> Lineage:
     """What the provenance of a model tells of it."""
     origin = model.provenance
     own, finetuned = _plain(origin.stage), origin.stage in RECIPES
-    recipe = _recipe_of_pretraining(origin)
-    variant = method_of(recipe)
-    named = {"masked": _MASKED[variant], "tuned": stage_names(recipe)["tune"]}
+    variant = known_method(pretraining_method(origin))
+    named = {"masked": _MASKED[variant], "tuned": stage_names(variant)["tune"]}
     stages = {own, *(_plain(step.get("stage")) for step in origin.derived_from)}
     layouts = [str(step.get("layout", "")) for step in origin.derived_from]
     fixed = not model.encoder.learned_positions  # fine-tuned ones are learned, whatever they were before
@@ -89,13 +88,6 @@ def lineage_of(model: Model) -> Lineage:
     explained = "mae-ct" if own in _STAGES else method  # which these stages belong to
     sentences = _METHODS[explained] + _VARIANTS[variant] if explained else ""
     return Lineage(tuple(tags), made, sentences, finetuned)
-
-
-def _recipe_of_pretraining(origin: Provenance) -> dict:
-    """The settings that weights were pre-trained with; {} where a run found them elsewhere, made in its own way."""
-    recipe = origin.recipe
-    begun_here = _plain(origin.stage) in _MASKED_STAGES or "pretrain" in str(recipe.get("stages"))
-    return recipe if begun_here or not recipe.get("init_from") else {}
 
 
 def _plain(stage: object) -> str:
