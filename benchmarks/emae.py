@@ -44,6 +44,8 @@ from maect_jax.data.sources.open import open_source
 from maect_jax.data.sources.subset import SubsetSource
 from maect_jax.evaluate import settings_of
 from maect_jax.evaluation import suite
+from maect_jax.finetuning.recipes import recipe_for
+from maect_jax.finetuning.run import fine_tune
 from maect_jax.parallel.mesh import make_mesh
 from maect_jax.stages import run_stages
 from maect_jax.terminal import use_compilation_cache
@@ -57,6 +59,7 @@ METHODS = {
     "parallel": {"method": "emae", "emae": {"consistency_weight": 0.0}},
 }
 PARTS = 4
+LIGHT = {"rand_augment": None, "mixup": 0.0, "cutmix": 0.0, "erasing": 0.0, "drop_path": 0.0, "smoothing": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Scale:
       train, test: pictures, the same number of each class as far as there are; None = all.
       epochs: of MAE, shortest first; EMAE has a quarter of each.
       batch, base_lr: of pre-training; the peak rate is base_lr * batch / 256 for all methods.
-      finetune: epochs, batch and base rate of the fine-tuning on all labels (`mae-finetune`).
+      finetune: epochs, batch and base rate of the fine-tuning on all labels: `mae-finetune` with crops and flips as
+        its only regularisation, because the published one needs more updates than these runs have.
     """
 
     recipe: str
@@ -84,7 +88,7 @@ class Scale:
 
 SCALES = {
     "cpu": {
-        "cifar10": Scale("configs/cifar10.py:small", {"patch": 8}, 3072, 2000, (8, 16, 32), 64, 4e-3, (4, 128, 4e-3)),
+        "cifar10": Scale("configs/cifar10.py:small", {"patch": 8}, 3072, 2000, (8, 16, 32), 64, 4e-3, (6, 64, 4e-3)),
         "imagenette": Scale(
             "configs/imagenette.py:small",
             {"patch": 16, "image_size": 64},
@@ -93,7 +97,7 @@ SCALES = {
             (8, 16, 32),
             64,
             4e-3,
-            (4, 128, 4e-3),
+            (6, 64, 4e-3),
         ),
     },
     "gpu": {
@@ -199,22 +203,14 @@ def measure(
     subjects = weights.open_weights(str(workdir), mesh)
     place = suite.Place(mesh, workdir, stop, run.say)
     asked = settings_of(run)
-    epochs, batch, rate = scale.finetune
     quick = dataclasses.replace(asked, only=("knn", "linear"), preset="maect")
-    whole = dataclasses.replace(
-        asked,
-        only=("finetune",),
-        preset="mae",
-        finetune_epochs=epochs,
-        finetune_batch=batch,
-        finetune_base_lr=rate,
-    )
-    records = [r for how in (quick, whole) for r in suite.evaluate(subjects, train, test, how, place)]
-    names = {"knn": "maect-knn", "linear": "maect-linear", "finetune": "mae-finetune"}
+    records = suite.evaluate(subjects, train, test, quick, place)
+    names = {"knn": "maect-knn", "linear": "maect-linear"}
     found = {
         kind: next(r.value for r in records if r.protocol["name"] == name and r.metric == "accuracy")
         for kind, name in names.items()
     }
+    found["finetune"] = finetuned(subjects[0], train, test, scale, workdir / "finetune", mesh, stop)
     logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     of_stage = [line for line in logged if line["stage"] == "pretrain" and "images_per_second" in line]
     updates = settings.updates_of(config, "pretrain", len(train))
@@ -231,6 +227,33 @@ def measure(
         **found,
         **last,
     }
+
+
+def finetuned(
+    subject: weights.Weights, train: Source, test: Source, scale: Scale, folder: epath.Path, mesh, stop: StopRequest
+) -> float:
+    """Test accuracy after fine-tuning on all labels; the epoch is chosen on a held-out tenth of them."""
+    encoder = subject.encoder
+    epochs, batch, rate = scale.finetune
+    recipe = recipe_for("mae-finetune", encoder.width, encoder.depth, encoder.patch)
+    recipe = dataclasses.replace(recipe, base_lr=rate, batch=batch, **LIGHT)
+    return fine_tune(
+        subject.load(),
+        encoder,
+        train,
+        test,
+        np.arange(len(train)),
+        recipe,
+        mesh=mesh,
+        folder=folder,
+        seed=subject.seed,
+        stop=stop,
+        mean=subject.mean,
+        std=subject.std,
+        resize_ratio=subject.resize_ratio,
+        provenance=subject.provenance,
+        epochs=epochs,
+    ).accuracy
 
 
 def with_seconds(rows: list[dict]) -> list[dict]:
