@@ -57,10 +57,10 @@ def make_step(grid, masks, objective, accumulate=1, dtype="float32"):
 
 @functools.cache
 def parameters(grid: int) -> dict:
-    """Fresh ones, with the biases and the masked places made large enough to matter."""
+    """Fresh ones, moved so far that the loss depends on which patches are seen."""
     rng = np.random.default_rng(0)
     tree = jax.device_get(jax.jit(lambda: mae_tree(CFG | {"img_size": grid * PATCH}))())
-    return jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(x.dtype), tree)
+    return jax.tree.map(lambda x: x + rng.normal(0, 0.3, x.shape).astype(x.dtype), tree)
 
 
 def emae_of(masks, **changes):
@@ -79,36 +79,44 @@ def use_orders(monkeypatch, orders_vrn: np.ndarray) -> None:
 # ------------------------------------------------------------------------------------------ the mean of MAE's losses
 
 
-def losses(grid, masks, objective, batches, accumulate=1) -> list[float]:
-    """Reconstruction loss of fresh parameters; nothing of the update is compiled."""
+def evaluated(grid, masks, objective, batches, accumulate=1) -> list[tuple[float, np.ndarray]]:
+    """Reconstruction loss and embedding of each batch; nothing of the update is compiled."""
     step = make_step(grid, masks, objective, accumulate)
 
     @functools.partial(jax.jit, compiler_options=QUICK)
     def forward(params, batch):
-        _, metrics, _ = step(create_state(params), batch)
-        return metrics.get("reconstruction_loss", metrics["loss"])
+        _, metrics, embedding_bd = step(create_state(params), batch)
+        return metrics.get("reconstruction_loss", metrics["loss"]), embedding_bd
 
-    return [float(forward(parameters(grid), batch)) for batch in batches]
+    return [jax.device_get(forward(parameters(grid), batch)) for batch in batches]
 
 
-def mean_of_mae(monkeypatch, grid, windows, keep, share, views, batch) -> float:
-    """Mean over parts of the loss of MAE's step, which sees the first places of each part's order.
+def mean_of_mae(monkeypatch, grid, windows, keep, share, views, batch) -> tuple[float, np.ndarray]:
+    """Loss of MAE's step on one view, the mean over parts and views, and its embedding of the first part and view.
 
     Args:
-      windows: for each part the order that MAE is to use, as places in the shuffled order.
+      windows: for each part the order in which MAE is to take the patches, as places in the shuffled order.
     """
-    patches, parts = grid**2, len(windows)
+    patches = grid**2
     rng = np.random.default_rng(3)
-    shuffled = np.stack([[rng.permutation(patches) for _ in range(batch)] for _ in range(views)])
-    use_orders(monkeypatch, np.concatenate([shuffled[:, :, window] for window in windows], axis=1))
+    shuffled_vbn = np.stack([[rng.permutation(patches) for _ in range(batch)] for _ in range(views)])
     mae = random_mask(patches, 1 - (keep + 0.5) / patches, share)
     assert mae.keep == keep
-    of_part = [pictures(grid, views, batch) for _ in range(parts)]
-    for part, given in enumerate(of_part):
-        given["id"] = given["id"] + part * batch
-    found = losses(grid, mae, reconstruction_only(mae), of_part)
-    use_orders(monkeypatch, shuffled)
-    return float(np.mean(found))
+    both, orders, data = pictures(grid, views, batch), [], []
+    for window in windows:
+        for image, order_bn in zip(views_of(both, 0), shuffled_vbn):
+            ids = np.arange(batch, dtype=np.int32) + len(orders) * batch
+            data.append({"image": image, "id": ids, "views": both["views"][:, :1]})
+            orders.append(order_bn[:, window])
+    use_orders(monkeypatch, np.concatenate(orders)[None])
+    found = evaluated(grid, mae, reconstruction_only(mae), data)
+    use_orders(monkeypatch, shuffled_vbn)
+    return np.mean([loss for loss, _ in found]), found[0][1]
+
+
+def same_loss_and_embedding(found, expected) -> None:
+    np.testing.assert_allclose(found[0], expected[0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[1], expected[1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +134,8 @@ def test_reconstruction_is_the_mean_of_the_losses_of_mae_with_each_parts_mask(
         windows.append(blocks[0] + told + [place for block in blocks[1:] for place in block[shown:]])
     expected = mean_of_mae(monkeypatch, grid, windows, keep, share, views, batch)
     masks = parallel_masks(grid**2, parts, share)
-    found = losses(grid, masks, emae_of(masks), [pictures(grid, views, batch)], accumulate)
-    np.testing.assert_allclose(found, [expected], rtol=0, atol=1e-6)
+    (found,) = evaluated(grid, masks, emae_of(masks), [pictures(grid, views, batch)], accumulate)
+    same_loss_and_embedding(found, expected)
 
 
 def test_disjoint_masks_have_the_mean_of_two_losses_of_mae(monkeypatch):
@@ -135,8 +143,8 @@ def test_disjoint_masks_have_the_mean_of_two_losses_of_mae(monkeypatch):
     windows = [np.arange(36), (np.arange(36) + 9) % 36]
     expected = mean_of_mae(monkeypatch, 6, windows, keep=18, share=1.0, views=1, batch=4)
     masks = disjoint_masks(36, 0.5, 0.75)
-    found = losses(6, masks, reconstruction_only(masks), [pictures(6, batch=4)])
-    np.testing.assert_allclose(found, [expected], rtol=0, atol=1e-6)
+    (found,) = evaluated(6, masks, reconstruction_only(masks), [pictures(6, batch=4)])
+    same_loss_and_embedding(found, expected)
 
 
 # -------------------------------------------------------------------------------------------------------- definition
