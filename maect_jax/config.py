@@ -19,6 +19,7 @@ from maect_jax.data.host.decode import cores
 from maect_jax.errors import ConfigError
 from maect_jax.evaluation.task import QUICK
 from maect_jax.models.vit import SIZES
+from maect_jax.objectives.masking import parallel_mask_ratio
 
 STAGES = ("pretrain", "control", "head", "tune", "evaluate")
 TRAINED = ("pretrain", "control", "head", "tune")
@@ -288,7 +289,9 @@ def derive(config: ConfigDict, pictures: int) -> None:
     fill("data", "workers", cores() if pictures >= 100_000 and cores() > 4 else 0)
     fill("pretrain", "epochs", round(min(1600, 400 * growth)))
     fill("pretrain", "warmup_epochs", max(1, config.pretrain.epochs // 20))
-    fill("pretrain", "mask_ratio", 1 - 1 / config.pretrain.emae.parts if config.pretrain.method == "emae" else 0.75)
+    patches, parts = (config.model.image_size // config.model.patch) ** 2, config.pretrain.emae.parts
+    emae = config.pretrain.method == "emae"
+    fill("pretrain", "mask_ratio", parallel_mask_ratio(patches, parts) if emae else 0.75)
     for stage in ("head", "tune"):
         fill(stage, "epochs", round(min(100, max(20, 20 * growth))))
     fill("control", "epochs", config.head.epochs + config.tune.epochs)

@@ -109,7 +109,7 @@ def _check_masks(config: ConfigDict, patches: int) -> list[str]:
     if pretrain.method == "emae":
         why = f"the parts must divide the {patches} patches of a picture; {divisors_text(patches)} do"
         need(2 <= parts <= patches and patches % parts == 0, "emae.parts", why)
-        consistent = parts > 2 or pretrain.emae.consistency_weight == 0
+        consistent = parts != 2 or pretrain.emae.consistency_weight == 0
         need(consistent, "emae.parts", "no patch is hidden from both of 2 parts, so there is nothing to be consistent "
              "about; take at least 3, or set config.pretrain.emae.consistency_weight=0")  # fmt: skip
         fits = ratio is None or parts < 2 or math.isclose(ratio, 1 - 1 / parts, abs_tol=1e-4)

@@ -85,7 +85,8 @@ def disagreement(
         near, far = x[:, :, :-apart], x[:, :, apart:]
         if form == "one_sided":
             near = jax.lax.stop_gradient(near)
-        difference = jnp.abs(near - far)
+        difference = near - far
+        difference = difference * jax.lax.stop_gradient(jnp.sign(difference))  # abs, whose gradient at 0 would be 1
         if scale_bcs1 is not None:
             difference = difference * scale_bcs1[:, :, None]
         total += difference.mean() * ((predictions - apart) / pairs)

@@ -8,6 +8,7 @@ Source: MAE (He et al. 2022), section 3; parallel masks of EMAE (Li et al. 2023)
 2022), released code.
 """
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -89,9 +90,17 @@ def parallel_masks(patches: int, parts: int, decoded_share: float = 1.0) -> Mask
     return Masks(np.concatenate([blocks, np.stack(others)], axis=1), keep, patches)
 
 
+def parallel_mask_ratio(patches: int, parts: int) -> float:
+    """(parts - 1) / parts, or the next smaller float with which `patches_to_keep` is what a part sees."""
+    ratio = 1 - 1 / parts
+    while patches_to_keep(patches, ratio) < patches // parts:
+        ratio = math.nextafter(ratio, 0)
+    return ratio
+
+
 def divisors_text(patches: int) -> str:
-    """'2, 4, 7, 14, 28 or 49': the numbers of parts that a picture can be cut into, up to a quarter of its patches."""
-    found = [str(k) for k in range(2, max(patches // 4, 2) + 1) if patches % k == 0]
+    """'4, 7, 14, 28, 49, 98 or 196': the numbers of parts, more than two, that so many patches can be cut into."""
+    found = [str(k) for k in range(3, patches + 1) if patches % k == 0]
     return " or ".join(filter(None, (", ".join(found[:-1]), found[-1]))) if found else "no number of parts"
 
 

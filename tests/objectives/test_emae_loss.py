@@ -190,3 +190,8 @@ def test_differences_of_half_precision_predictions_are_summed_in_single_precisio
     whole = emae.reconstruction(x_bcosp.astype(jnp.bfloat16), jnp.zeros((1, 3, 100, 400)))
     assert found.dtype == whole.dtype == jnp.float32
     assert float(found) == 1 and float(whole) == 0.5
+
+
+def test_parts_that_agree_exactly_are_not_moved():
+    agreed = jnp.ones((1, 4, 3, 4, 5))
+    assert not np.any(jax.grad(emae.disagreement)(agreed))

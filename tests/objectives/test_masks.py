@@ -4,10 +4,16 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maect_jax.objectives.masking import disjoint_masks, parallel_masks, patches_to_keep, random_mask
+from maect_jax.objectives.masking import (
+    disjoint_masks,
+    parallel_mask_ratio,
+    parallel_masks,
+    patches_to_keep,
+    random_mask,
+)
 
 
 def visible(masks) -> list[set[int]]:
@@ -28,6 +34,7 @@ def grid_and_parts(draw):
     return draw(st.sampled_from(GRIDS_AND_PARTS))
 
 
+@settings(deadline=None)
 @given(grid_and_parts())
 def test_each_patch_is_seen_by_one_part_and_predicted_by_all_others(case):
     patches, parts = case[0] ** 2, case[1]
@@ -55,6 +62,7 @@ def test_every_number_of_parts_that_divides_the_patches_gives_blocks_of_equal_si
         assert masks.coverage == pytest.approx(parts / (parts - 1))
 
 
+@settings(deadline=None)
 @given(grid_and_parts(), st.floats(0.01, 1))
 def test_a_share_of_each_block_is_predicted_and_by_all_parts_the_same(case, share):
     patches, parts = case[0] ** 2, case[1]
@@ -71,9 +79,12 @@ def test_a_share_of_each_block_is_predicted_and_by_all_parts_the_same(case, shar
         assert set(asked) == shown - own
 
 
+DIVISORS_16, DIVISORS_196 = "4, 8 or 16", "4, 7, 14, 28, 49, 98 or 196"
+
+
 @pytest.mark.parametrize(
     ("patches", "parts", "fit"),
-    [(16, 3, "2 or 4"), (16, 17, "2 or 4"), (196, 5, "2, 4, 7, 14, 28 or 49"), (196, 1, "2, 4, 7, 14, 28 or 49")],
+    [(16, 3, DIVISORS_16), (16, 17, DIVISORS_16), (196, 5, DIVISORS_196), (196, 1, DIVISORS_196)],
 )
 def test_parts_that_do_not_divide_the_patches_are_refused_with_numbers_that_do(patches, parts, fit):
     with pytest.raises(ValueError, match=f"^{parts} parts do not divide {patches} patches; {fit} do$"):
@@ -87,6 +98,7 @@ def test_parts_that_do_not_divide_the_patches_are_refused_with_numbers_that_do(p
 ratios = st.floats(0.1, 0.9)
 
 
+@settings(deadline=None)
 @given(st.integers(4, 24), ratios, st.floats(0, 1))
 def test_disjoint_masks_have_one_ratio_and_cover_what_is_asked_for(grid, ratio, extra):
     patches, covered = grid**2, ratio + extra * (1 - ratio)
@@ -121,6 +133,7 @@ def test_at_three_quarters_the_second_part_sees_what_the_first_does_not(patches)
     assert len(a) == len(b) == patches // 4 and not a & b
 
 
+@settings(deadline=None)
 @given(st.integers(4, 24), ratios, st.floats(0.01, 1))
 def test_a_share_of_the_hidden_patches_is_predicted_by_each_of_two_disjoint_parts(grid, ratio, share):
     masks = disjoint_masks(grid**2, ratio, 1.0, share)
@@ -133,3 +146,13 @@ def test_a_share_of_the_hidden_patches_is_predicted_by_each_of_two_disjoint_part
 def test_one_part_covers_what_it_hides():
     assert random_mask(196, 0.75).coverage == 1
     assert random_mask(196, 0.75, 0.5).coverage == 1
+
+
+@pytest.mark.parametrize("grid", [4, 6, 8, 12, 14, 16, 24, 28])
+def test_the_ratio_of_parallel_masks_keeps_what_a_part_sees(grid):
+    """Also where (K - 1) / K as a float would lose a patch, as for 7 parts of 196."""
+    patches = grid**2
+    for parts in (k for k in range(2, patches + 1) if patches % k == 0):
+        ratio = parallel_mask_ratio(patches, parts)
+        assert ratio == pytest.approx(1 - 1 / parts, rel=1e-12)
+        assert patches_to_keep(patches, ratio) == parallel_masks(patches, parts).keep
