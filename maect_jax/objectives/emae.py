@@ -31,6 +31,8 @@ nothing is the reconstruction, so there is no teacher network.
 Source: EMAE (Li et al. 2023, "Efficient Masked Autoencoders with Self-Consistency"), section 3.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -62,7 +64,12 @@ def reconstruction(prediction_bcosp: jax.Array, target_bcsp: jax.Array) -> jax.A
       prediction_bcosp: from `by_block`.
       target_bcsp: [batch, blocks, patches in a block, values], at least float32.
     """
-    return jnp.square(prediction_bcosp.astype(target_bcsp.dtype) - target_bcsp[:, :, None]).mean()
+
+    def of_block(prediction_bosp, target_bsp):
+        error_bosp = prediction_bosp.astype(target_bsp.dtype) - target_bsp[:, None]
+        return jnp.square(error_bosp).mean(axis=(1, 2, 3))
+
+    return _of_all_blocks(of_block, prediction_bcosp, target_bcsp).mean()
 
 
 def disagreement(
@@ -75,22 +82,36 @@ def disagreement(
       form: 'symmetric', or 'one_sided' (the value is the same, the gradient goes to one of the two).
       scale_bcs1: factor of each patch's differences, for instance its deviation; None = 1.
     """
-    predictions = prediction_bcosp.shape[2]
+    predictions, dtype = prediction_bcosp.shape[2], jnp.promote_types(prediction_bcosp.dtype, jnp.float32)
     if predictions < 2:
-        return jnp.zeros((), jnp.promote_types(prediction_bcosp.dtype, jnp.float32))
-    x = prediction_bcosp.astype(jnp.promote_types(prediction_bcosp.dtype, jnp.float32))
+        return jnp.zeros((), dtype)
     pairs = predictions * (predictions - 1) // 2
-    total = 0.0
-    for apart in range(1, predictions):  # all pairs of predictions so many parts apart at once
-        near, far = x[:, :, :-apart], x[:, :, apart:]
-        if form == "one_sided":
-            near = jax.lax.stop_gradient(near)
-        difference = near - far
-        difference = difference * jax.lax.stop_gradient(jnp.sign(difference))  # abs, whose gradient at 0 would be 1
-        if scale_bcs1 is not None:
-            difference = difference * scale_bcs1[:, :, None]
-        total += difference.mean() * ((predictions - apart) / pairs)
-    return total
+
+    def of_block(prediction_bosp, scale_bs1):
+        x, total_b = prediction_bosp.astype(dtype), 0.0
+        for apart in range(1, predictions):  # all pairs of predictions so many parts apart at once
+            near, far = x[:, :-apart], x[:, apart:]
+            if form == "one_sided":
+                near = jax.lax.stop_gradient(near)
+            difference = near - far
+            difference *= jax.lax.stop_gradient(jnp.sign(difference))  # abs, whose gradient at 0 would be 1
+            if scale_bs1 is not None:
+                difference = difference * scale_bs1[:, None]
+            total_b += difference.mean(axis=(1, 2, 3)) * ((predictions - apart) / pairs)
+        return total_b
+
+    return _of_all_blocks(of_block, prediction_bcosp, scale_bcs1).mean()
+
+
+def _of_all_blocks(of_block: Callable[..., jax.Array], *arrays_bc: jax.Array | None) -> jax.Array:
+    """`of_block` of one block of the arrays after the other: [blocks, batch].
+
+    A loop that is computed anew for the gradient, because compilers would keep all predictions in float32 and the
+    differences of all pairs. One number a picture leaves it, because devices would add one a block in each round.
+    """
+    arrays_cb = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), arrays_bc)
+    recomputed = jax.checkpoint(of_block, prevent_cse=False)  # two loops share no expressions anyway
+    return jax.lax.map(lambda arrays_b: recomputed(*arrays_b), arrays_cb)
 
 
 def norm_factor(norm: str, parts: int) -> float:
