@@ -24,10 +24,10 @@ def draw(rows: list[dict], path: Path) -> None:
                     x, y = curve(rows, method, cost, metric)
                     if not len(x):
                         continue
-                    panel.plot(x, y.mean(1), "o-", color=COLORS[method], label=name, markersize=4)
-                    panel.fill_between(x, y.min(1), y.max(1), color=COLORS[method], alpha=0.15, linewidth=0)
-                    if len(x) == 1:
-                        panel.vlines(x, y.min(1), y.max(1), color=COLORS[method], alpha=0.4)
+                    mean, low, high = ([of(seeds) for seeds in y] for of in (np.mean, np.min, np.max))
+                    panel.plot(x, mean, "o-", color=COLORS[method], label=name, markersize=4)
+                    panel.fill_between(x, low, high, color=COLORS[method], alpha=0.15, linewidth=0)
+                    panel.vlines(x, low, high, color=COLORS[method], alpha=0.4)
                 panel.set_xscale("log")
                 panel.grid(color="#dcdfe5", linewidth=0.7)
                 panel.spines[:].set_visible(False)
@@ -40,40 +40,28 @@ def draw(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
-def curve(rows: list[dict], method: str, cost: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Cost [lengths] and accuracy in % [lengths, seeds], lengths and seeds that all exist."""
+def curve(rows: list[dict], method: str, cost: str, metric: str) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Cost [lengths], and for each length the accuracies in %, one a seed."""
     mine = [row for row in rows if row["method"] == method]
-    seeds = sorted({row["seed"] for row in mine})
-    found = {(row["length"], row["seed"]): row for row in mine}
-    lengths = [n for n in sorted({row["length"] for row in mine}) if all((n, seed) in found for seed in seeds)]
-    x = np.array([found[n, seeds[0]][cost] for n in lengths])
-    return x, np.array([[100 * found[n, seed][metric] for seed in seeds] for n in lengths])
+    x = sorted({row[cost] for row in mine})
+    return np.array(x), [np.array([100 * row[metric] for row in mine if row[cost] == at]) for at in x]
 
 
 def verdicts(rows: list[dict]) -> str:
-    """A Markdown table: EMAE less MAE, and what consistency adds, by metric; mean over seeds [least, greatest]."""
-    by = {(row["method"], row["length"], row["seed"]): row for row in rows}
-    longest = max(row["length"] for row in rows)
-    comparisons = []
-    for n in range(longest + 1):
-        comparisons.append((f"EMAE − MAE, equal operations ({_size(rows, 'flops', 'mae', n)})", "emae", n, "mae", n))
-    for n in range(longest + 1):
-        pictures = {row["pictures"] for row in rows if row["method"] == "emae" and row["length"] == n}
-        same = {r["length"] for r in rows if r["method"] == "mae" and r["pictures"] in pictures}
-        for m in same:
-            comparisons.append((f"EMAE − MAE, equal pictures ({pictures.copy().pop():,})", "emae", n, "mae", m))
-    comparisons.append(("consistency: EMAE − parallel masks alone, longest", "emae", longest, "parallel", longest))
-    lines = ["| | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 1) + "|"]
-    for title, a, n, b, m in comparisons:
-        seeds = [seed for seed in range(100) if (a, n, seed) in by and (b, m, seed) in by]
-        cells = []
-        for metric in METRICS if seeds else ():
-            gaps = [100 * (by[a, n, seed][metric] - by[b, m, seed][metric]) for seed in seeds]
-            cells.append(f"{np.mean(gaps):+.1f} [{min(gaps):+.1f}, {max(gaps):+.1f}]")
-        if seeds:
-            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    """A Markdown table: EMAE less MAE at equal cost, and what consistency adds; mean over seeds [least, greatest]."""
+    lines = ["| | seeds | " + " | ".join(METRICS.values()) + " |", "|---" * (len(METRICS) + 2) + "|"]
+    pairs = ("emae", "mae", "flops"), ("emae", "mae", "pictures"), ("parallel", "mae", "flops")
+    for method, baseline, cost in (*pairs, ("parallel", "mae", "pictures"), ("emae", "parallel", "flops")):
+        for at in sorted({row[cost] for row in rows if row["method"] == method}):
+            at_cost = [row for row in rows if np.isclose(row[cost], at)]
+            of = [{row["seed"]: row for row in at_cost if row["method"] == name} for name in (method, baseline)]
+            seeds = sorted(of[0].keys() & of[1].keys())
+            if not seeds:
+                continue
+            title = f"{NAMES[method]} − {NAMES[baseline]} at {at:.3g} {COSTS[cost]}"
+            cells = []
+            for metric in METRICS:
+                gaps = [100 * (of[0][seed][metric] - of[1][seed][metric]) for seed in seeds]
+                cells.append(f"{np.mean(gaps):+.1f} [{min(gaps):+.1f}, {max(gaps):+.1f}]")
+            lines.append(f"| {title} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _size(rows: list[dict], cost: str, method: str, length: int) -> str:
-    return f"{next(r[cost] for r in rows if r['method'] == method and r['length'] == length):.2g}"

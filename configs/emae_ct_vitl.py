@@ -22,9 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.name = "emae_ct_vitl" + ("_aug" if variant else "")
     set_size(config, "L/16")
     config.data.train = "imagenet2012"
-    config.pretrain.update(
-        method="emae", epochs=300, batch=4096, views=1, base_lr=1.5e-4, warmup_epochs=40, mask_ratio=0.75
-    )
+    config.pretrain.update(method="emae", epochs=300, batch=4096, views=1, base_lr=1.5e-4, warmup_epochs=40)
     config.control.epochs = 40
     config.head.update(epochs=20, batch=1024, base_lr=1e-4, temperature=0.15, queue=65_536)
     config.tune.update(

@@ -22,8 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
     set_size(config, "B/16")
     config.data.train = "imagenet2012"
     config.stages = ("pretrain", "evaluate")
-    config.pretrain.update(
-        method="emae", epochs=300, batch=4096, views=1, base_lr=1.5e-4, warmup_epochs=40, mask_ratio=0.75
-    )
-    config.tune.frozen_blocks = 6  # should head and tuning be asked for
+    config.pretrain.update(method="emae", epochs=300, batch=4096, views=1, base_lr=1.5e-4, warmup_epochs=40)
+    config.model.pooling = "mean"  # as MAE-CT's ViT-B, so that head and tuning can follow
+    config.tune.frozen_blocks = 6
     return config

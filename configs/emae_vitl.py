@@ -23,7 +23,5 @@ def get_config(variant: str = "") -> ConfigDict:
     set_size(config, "L/16")
     config.data.train = "imagenet2012"
     config.stages = ("pretrain", "evaluate")
-    config.pretrain.update(
-        method="emae", epochs=300, batch=4096, views=1, base_lr=1.5e-4, warmup_epochs=40, mask_ratio=0.75
-    )
+    config.pretrain.update(method="emae", epochs=300, batch=4096, views=1, base_lr=1.5e-4, warmup_epochs=40)
     return config

@@ -2,7 +2,7 @@
 
 A recipe is a file with `get_config(variant)` that starts from `default()` and sets plain values. Precedence, lowest
 first: default, recipe, `--config.key=value`. Problems are collected and reported at once (`config_checks`). A value of
-None means "derived from the size of the training set" (see `derive`); paper recipes leave none.
+None means "derived" (see `derive`), mostly from the size of the training set; paper recipes leave none of these.
 """
 
 import difflib
@@ -268,17 +268,18 @@ def _parsed(text: str, wanted: type):
 def derive(config: ConfigDict, pictures: int) -> None:
     """Fills the settings left as None from the number of training pictures.
 
-      Paper constants presuppose paper lengths: an average of factor 0.9999 over few updates is still its start, a queue
-      longer than the data set holds a picture's own past, a warm-up of 20 epochs may be the whole run. So:
+    Paper constants presuppose paper lengths: an average of factor 0.9999 over few updates is still its start, a queue
+    longer than the data set holds a picture's own past, a warm-up of 20 epochs may be the whole run. So:
 
-        epochs      smaller sets are seen more often: 400 * (1e6 / pictures)^(1/3), at most 1600, in pre-training;
-                    20 * (1e6 / pictures)^(1/3), at most 100, for head and tuning; the control as long as both
-        warm-up     a twentieth of the epochs of pre-training
-    mask ratio  0.75; with EMAE (K - 1) / K
-        queue       the largest power of two times the batch within a quarter of the set, at most 65,536 rows
-        workers     a process a core for sets of 100,000 pictures and more; few pictures are sooner read by threads than
-                    processes start
-        EMA         such that at most 1 % of the start remains at the end, at most 0.9999
+      epochs      smaller sets are seen more often: 400 * (1e6 / pictures)^(1/3), at most 1600, in pre-training;
+                  20 * (1e6 / pictures)^(1/3), at most 100, for head and tuning; the control as long as both
+      warm-up     a twentieth of the epochs of pre-training
+      queue       the largest power of two times the batch within a quarter of the set, at most 65,536 rows
+      workers     a process a core for sets of 100,000 pictures and more; few pictures are sooner read by threads than
+                  processes start
+      EMA         such that at most 1 % of the start remains at the end, at most 0.9999
+
+    The mask ratio follows from the method instead: 0.75, or (K - 1) / K for the K parts of EMAE.
     """
     growth = (1e6 / pictures) ** (1 / 3)
 
@@ -291,7 +292,9 @@ def derive(config: ConfigDict, pictures: int) -> None:
     fill("pretrain", "warmup_epochs", max(1, config.pretrain.epochs // 20))
     patches, parts = (config.model.image_size // config.model.patch) ** 2, config.pretrain.emae.parts
     emae = config.pretrain.method == "emae"
-    fill("pretrain", "mask_ratio", parallel_mask_ratio(patches, parts) if emae else 0.75)
+    if emae:  # exactly, also where it was given with fewer digits
+        config.pretrain.mask_ratio = parallel_mask_ratio(patches, parts)
+    fill("pretrain", "mask_ratio", 0.75)
     for stage in ("head", "tune"):
         fill(stage, "epochs", round(min(100, max(20, 20 * growth))))
     fill("control", "epochs", config.head.epochs + config.tune.epochs)

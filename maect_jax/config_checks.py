@@ -113,8 +113,8 @@ def _check_masks(config: ConfigDict, patches: int) -> list[str]:
         need(consistent, "emae.parts", "no patch is hidden from both of 2 parts, so there is nothing to be consistent "
              "about; take at least 3, or set config.pretrain.emae.consistency_weight=0")  # fmt: skip
         fits = ratio is None or parts < 2 or math.isclose(ratio, 1 - 1 / parts, abs_tol=1e-4)
-        need(fits, "mask_ratio", f"each of {parts} parts hides {parts - 1}/{parts} of the patches; leave it out, or "
-             "change config.pretrain.emae.parts")  # fmt: skip
+        need(fits, "mask_ratio", f"each of {parts} parts hides {1 - 1 / max(parts, 1):.6g} of the patches; leave it "
+             "out, or change config.pretrain.emae.parts")  # fmt: skip
     elif ratio is not None:
         good = 0 < ratio < 1 and 0 < patches_to_keep(patches, ratio) < patches
         need(good, "mask_ratio", f"of {patches} patches at least one must stay and one must go")

@@ -173,6 +173,7 @@ def _of_file(opened: Opened, init_from: str) -> tuple[Provenance, dict]:
     entry = {"name": epath.Path(init_from).name, "sha256": opened.sha256, "layout": opened.layout}
     entry |= {"license": before.license} | ({"notes": list(opened.notes)} if opened.notes else {})
     entry |= {"stage": before.stage, "step": before.step} if before.code_version else {}
+    entry |= {"method": method} if (method := pretraining_method(before)) else {}
     rest = tuple(step for step in before.derived_from if step.get("sha256") != opened.sha256)
     return replace(before, derived_from=rest), entry
 

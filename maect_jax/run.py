@@ -161,6 +161,9 @@ def compare_with_earlier(config: ConfigDict, data: dict, root: epath.Path) -> No
     path = root / "config.resolved.yaml"
     earlier = settings.flatten(ConfigDict(yaml.safe_load(path.read_text()) or {})) if path.exists() else {}
     now = settings.flatten(ConfigDict(settings.plain(config)))
+    if earlier:  # a setting that did not exist then was as it is by default, unless that follows from the data
+        by_default = settings.flatten(ConfigDict(settings.plain(settings.default())))
+        earlier = {key: value for key, value in by_default.items() if value is not None} | earlier
     differing = [key for key in earlier.keys() & now.keys() if earlier[key] != now[key]]
     problems = [
         f"--workdir: '{root}' holds a run with config.{key} = {earlier[key]!r}, not {now[key]!r}; {mend}"

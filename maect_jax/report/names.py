@@ -18,9 +18,12 @@ def method_of(config: Mapping[str, Any], finished: Iterable[Mapping[str, Any]] =
       config: its settings, which say so unless the run started from weights of another.
       finished: the `DONE.json` of its stages, which know of these, too.
     """
-    told = [str(marker["pretraining"]) for marker in finished if marker.get("pretraining")]
+    told = [marker["pretraining"] for marker in finished if marker.get("pretraining")]
+    begun_here = "pretrain" in str(config.get("stages")) or not config.get("init_from")
     settings = config.get("pretrain")
-    return known_method(told[0] if told else settings.get("method") if isinstance(settings, Mapping) else None)
+    if not told and begun_here and isinstance(settings, Mapping):
+        told = [settings.get("method")]
+    return known_method(told[0] if told else None)
 
 
 def known_method(method: object) -> str:

@@ -1,17 +1,25 @@
 """EMAE from settings to a finished run: what is refused, what follows from what, and that a run can be interrupted."""
 
+import json
 import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
+import yaml
+from etils import epath
 
-from maect_jax import assemble
+from maect_jax import assemble, handover
 from maect_jax import config as settings
 from maect_jax.config_checks import check
+from maect_jax.errors import ConfigError
+from maect_jax.exchange.provenance import Provenance
 from maect_jax.parallel.mesh import make_mesh
+from maect_jax.report.names import method_of
+from maect_jax.run import compare_with_earlier
 from runs import ROOT, TINY, final_states, launch, lines, make_pictures, start
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -35,15 +43,15 @@ def tiny(**changes: str):
         ),
         (
             dict(method="emae", emae_parts="3"),
-            "config.pretrain.emae.parts = 3: the parts must divide the 16 patches of a picture; 2 or 4 do",
+            "config.pretrain.emae.parts = 3: the parts must divide the 16 patches of a picture; 4, 8 or 16 do",
         ),
         (
             dict(method="emae", emae_parts="32"),
-            "config.pretrain.emae.parts = 32: the parts must divide the 16 patches of a picture; 2 or 4 do",
+            "config.pretrain.emae.parts = 32: the parts must divide the 16 patches of a picture; 4, 8 or 16 do",
         ),
         (
             dict(method="emae", mask_ratio="0.5"),
-            "config.pretrain.mask_ratio = 0.5: each of 4 parts hides 3/4 of the patches; leave it out, or change "
+            "config.pretrain.mask_ratio = 0.5: each of 4 parts hides 0.75 of the patches; leave it out, or change "
             "config.pretrain.emae.parts",
         ),
         (dict(method="emea"), "config.pretrain.method = 'emea': must be one of mae, emae, disjoint"),
@@ -191,3 +199,57 @@ def test_eight_devices_record_the_losses_of_one(tmp_path, emae, uninterrupted):
     for step, line in one.items():
         for name in ("loss", "reconstruction_loss", "disagreement", "disagreement_ratio"):
             assert eight[step][name] == pytest.approx(line[name], abs=1e-5), (step, name)
+
+
+def test_the_digits_recipe_runs_through_all_stages(tmp_path):
+    """`configs/digits.py:emae` with a narrow model and one epoch a stage, the control too."""
+    shape = (
+        "model.width=24",
+        "model.depth=2",
+        "model.decoder.width=16",
+        "model.decoder.depth=1",
+        "tune.frozen_blocks=1",
+    )
+    short = [f"{stage}.epochs=1" for stage in ("pretrain", "control", "head", "tune")]
+    quick = ("pretrain.warmup_epochs=0", "evaluate.only=knn", "evaluate.every_epochs=0")
+    overrides = [f"--config.{setting}" for setting in (*shape, *short, *quick)]
+    done = launch(tmp_path, *overrides, config="configs/digits.py:emae")
+    assert done.returncode == 0, done.stderr
+    stages = ("pretrain", "control", "head", "tune")
+    told = {stage: json.loads((tmp_path / stage / "DONE.json").read_text())["pretraining"] for stage in stages}
+    assert told == dict.fromkeys(stages, "emae")
+    assert {record["stage"] for record in lines(tmp_path / "results.jsonl")} >= {"pretrain", "control", "tune"}
+    page = (tmp_path / "report.html").read_text()
+    assert "EMAE-CT" in page and "Reconstruction by parts" in page
+
+
+def test_a_folder_begun_before_there_was_a_choice_does_not_go_on_with_another_method(tmp_path):
+    config = tiny()
+    settings.derive(config, 64)
+    earlier = settings.plain(config)
+    del earlier["pretrain"]["method"], earlier["pretrain"]["emae"], earlier["pretrain"]["disjoint"]
+    (tmp_path / "config.resolved.yaml").write_text(yaml.safe_dump(earlier))
+    compare_with_earlier(config, {}, epath.Path(tmp_path))
+    config.pretrain.method = "emae"
+    with pytest.raises(ConfigError, match="config.pretrain.method = 'mae', not 'emae'"):
+        compare_with_earlier(config, {}, epath.Path(tmp_path))
+
+
+def test_weights_in_a_file_keep_how_they_were_pretrained():
+    origin = Provenance(stage="pretrain", recipe={"pretrain": {"method": "emae"}}, code_version="1")
+    opened = SimpleNamespace(model=SimpleNamespace(provenance=origin), sha256="1", layout="mae_official_full", notes=())
+    assert handover._of_file(opened, "exported/model.safetensors")[1]["method"] == "emae"
+
+
+@pytest.mark.parametrize(
+    ("stages", "init_from", "told", "method"),
+    [
+        (["pretrain", "head"], "", [], "emae"),
+        (["head", "tune"], "weights.pth", [], "mae"),
+        (["head", "tune"], "weights.pth", [""], "mae"),
+        (["head", "tune"], "earlier", ["disjoint"], "disjoint"),
+    ],
+)
+def test_the_report_names_what_the_weights_were_and_not_what_the_settings_would_do(stages, init_from, told, method):
+    config = {"stages": stages, "init_from": init_from, "pretrain": {"method": "emae"}}
+    assert method_of(config, [{"pretraining": name} for name in told]) == method

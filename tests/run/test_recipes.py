@@ -67,7 +67,11 @@ def test_paper_recipes_equal_the_recorded_constants(model, variant):
             assert section.head_weight_decay == head["weight_decay"]
 
 
-@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "configs").glob("*.py")))
+VARIANTS = ("cifar10.py:aug", "cifar10.py:emae", "cifar10.py:small", "digits.py:emae", "emae_ct_vitl.py:aug")
+VARIANTS += ("imagenette.py:aug", "imagenette.py:emae", "imagenette.py:small", "images.py:base", "images.py:tiny")
+
+
+@pytest.mark.parametrize("recipe", [*sorted(path.name for path in (ROOT / "configs").glob("*.py")), *VARIANTS])
 def test_every_recipe_is_sound_for_its_data(recipe):
     config = settings.load(f"configs/{recipe}", {"data.train": "somewhere"})
     for pictures in (9_469, 50_000, 1_281_167):
@@ -78,6 +82,19 @@ def test_every_recipe_is_sound_for_its_data(recipe):
         assert all(
             key.startswith(("evaluate.probe_", "evaluate.finetune_")) for key in left_open
         )  # None = as published
+
+
+@pytest.mark.parametrize("size", ["b", "l"])
+def test_emae_recipes_are_the_original_recipe_of_mae(size):
+    """Batch, rate, warm-up and decay of He et al. 2022; 300 epochs and four parts as EMAE states."""
+    config = settings.load(f"configs/emae_vit{size}.py", {})
+    settings.derive(config, 1_281_167)
+    pretrain = config.pretrain
+    assert (pretrain.method, pretrain.emae.parts, pretrain.mask_ratio) == ("emae", 4, 0.75)
+    assert settings.updates_of(config, "pretrain", 1_281_167) == 300 * 312 == 93_600
+    assert settings.warmup_updates(config, "pretrain", 1_281_167) == 40 * 312
+    assert peak_learning_rate(pretrain.base_lr, pretrain.batch, pretrain.views) == pytest.approx(2.4e-3)
+    assert (pretrain.weight_decay, pretrain.views, pretrain.crop_scale) == (0.05, 1, (0.2, 1.0))
 
 
 def test_small_sets_get_constants_that_fit_them():
