@@ -70,8 +70,8 @@ def _context(root: epath.Path) -> dict[str, Any]:
     series, names = charts.metric_series(metrics), stage_names(method)
     main_charts, more_charts = ([charts.inline(svg) for svg in part] for part in charts.training_charts(series, names))
     folder, reasons = root / "figures", {}
-    begun_here = method == "emae" and "pretrain" in str(config.get("stages"))
-    in_parts = begun_here or any(folder.glob("parts_*.npz"))
+    begun_here = "pretrain" in str(config.get("stages")) or not config.get("init_from")
+    in_parts = (method == "emae" and begun_here) or any(folder.glob("parts_*.npz"))
     chapters = {
         "neighbors": pictures.neighbors(folder, names, reasons),
         "clusters": pictures.clusters(folder, names, reasons),
